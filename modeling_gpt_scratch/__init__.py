@@ -1,0 +1,48 @@
+"""GPT-2 written from scratch as a transformers model. Importing the package registers the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .configuration_gpt_scratch import PRESETS, GPTScratchConfig
+from .modeling_gpt_scratch import (
+    GPTScratchForCausalLM,
+    GPTScratchForQuestionAnswering,
+    GPTScratchForSequenceClassification,
+    GPTScratchForTokenClassification,
+    GPTScratchModel,
+    GPTScratchPreTrainedModel,
+    linear_cross_entropy,
+)
+
+# `register` makes Auto classes find our code without trust_remote_code; `register_for_auto_class` makes
+# save_pretrained copy the two code files beside the weights. Here and not in the files that travel: a
+# checkpoint's copy that registered itself would silently serve the next checkpoint too.
+AutoConfig.register("gpt_scratch", GPTScratchConfig, exist_ok=True)
+GPTScratchConfig.register_for_auto_class()
+for auto_class, model_class in (
+    (AutoModel, GPTScratchModel),
+    (AutoModelForCausalLM, GPTScratchForCausalLM),
+    (AutoModelForSequenceClassification, GPTScratchForSequenceClassification),
+    (AutoModelForTokenClassification, GPTScratchForTokenClassification),
+    (AutoModelForQuestionAnswering, GPTScratchForQuestionAnswering),
+):
+    auto_class.register(GPTScratchConfig, model_class, exist_ok=True)
+    model_class.register_for_auto_class(auto_class.__name__)
+
+__all__ = [
+    "PRESETS",
+    "GPTScratchConfig",
+    "GPTScratchForCausalLM",
+    "GPTScratchForQuestionAnswering",
+    "GPTScratchForSequenceClassification",
+    "GPTScratchForTokenClassification",
+    "GPTScratchModel",
+    "GPTScratchPreTrainedModel",
+    "linear_cross_entropy",
+]
