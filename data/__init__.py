@@ -1,0 +1,1 @@
+"""Text → Arrow shards of token ids → batches. Start reading at `prepare.py`."""
