@@ -44,8 +44,8 @@ def generate_samples(
     for prompt, row in zip(prompts, rows, strict=True):
         if context is not None and len(row) + max_new_tokens > context:
             raise ValueError(
-                f"a prompt of {len(row):,} tokens and max_new_tokens={max_new_tokens:,} do not fit the model's "
-                f"{context:,} tokens of context; shorten one of them. The prompt begins {prompt[:60]!r}"
+                f"a prompt of {len(row):,} tokens and max_new_tokens={max_new_tokens:,} do not fit "
+                f"the context of {context:,} tokens; shorten one of them. The prompt: {prompt[:60]!r}"
             )
 
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "repetition_penalty": repetition_penalty}

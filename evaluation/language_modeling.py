@@ -142,12 +142,13 @@ def token_losses(
 def _last_hidden_states(model: nn.Module, backbone: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """What the `backbone` inside `model` returns, (B, T, C), when the outermost `model` is called.
 
-    The outermost, because mixed precision and sharding are set up in its forward; without the logits.
+    The outermost, because mixed precision and sharding are set up in its forward; logits of one position
+    are the fewest that it can be asked for.
     """
     caught = []
     handle = backbone.register_forward_hook(lambda module, args, output: caught.append(output[0]))
     try:
-        model(**inputs, use_cache=False, skip_logits=True)
+        model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         handle.remove()
     return caught[0]
