@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.shards import BlockRows
 
-FEISTEL_ROUNDS = 6  # four make a strong pseudo-random permutation (Luby & Rackoff 1988); small domains profit from more
+FEISTEL_ROUNDS = (
+    6  # four make a strong pseudo-random permutation (Luby & Rackoff 1988); small domains profit from more
+)
 POSITIONS_AT_ONCE = 8192  # permuted together: numpy's cost a call is spread over them
 
 

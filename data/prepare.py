@@ -1,26 +1,391 @@
-"""Documents → token shards: `python -m data.prepare --source … --output … --tokenizer …`."""
+"""Documents → token shards: `python -m data.prepare --source … --output … --tokenizer …`.
+
+Gather (python-docs only) → tokenizer → encode each part → choose → assemble → manifest. Every stage leaves its
+results whole or not at all, so the same command after an interruption goes on where it was. `manifest.json` comes
+last: a directory without it is not read by anything.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
+
+import filelock
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from data.parts import encode_part, plan_cuts, select_documents, write_cut
+from data.shards import (
+    MANIFEST_FILE,
+    MAX_TOKENS_PER_SHARD,
+    TOKENIZER_FOLDER,
+    Manifest,
+    ShardEntry,
+    read_manifest,
+    write_atomically,
+    write_manifest,
+)
+from data.sources import PYTHON_DOCS, Part, SourceSpec, list_parts, read_documents, read_part
+from data.tokenizer import FastEncoder, load_tokenizer, tokenizer_fingerprint, train_tokenizer
+
+WORK_FOLDER = ".work"
+# Unless asked otherwise: one token in a hundred, and never more than gives an exact validation loss anyway.
+VALIDATION_SHARE, VALIDATION_AT_MOST = 0.01, 10_000_000
+VERIFY_DOCUMENTS = 200  # of the source, on which both encoders are compared before a run
+
+
+def _setting(default, help: str):
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    source: str
-    output: str
-    tokenizer: str = "gpt2"
-    train_tokenizer: int | None = None
-    text_column: str = "text"
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    validation_tokens: int | None = None
-    tokens_per_shard: int = 100_000_000
-    limit_tokens: int | None = None
+    """What to prepare. Field names are the command's flags."""
+
+    source: str = _setting(
+        MISSING, "python-docs, hub:OWNER/NAME, or text, JSONL, Parquet or Arrow files: path, folder, glob"
+    )
+    output: str = _setting(MISSING, "the shard directory to make")
+    tokenizer: str = _setting("gpt2", "gpt2, a Hub id, a folder or a tokenizer.json")
+    train_tokenizer: int | None = _setting(
+        None, "train a byte-level BPE of this many words on the source instead"
+    )
+    text_column: str = _setting("text", "the column that holds the text, in files that have columns")
+    config: str | None = _setting(None, "configuration of a Hub dataset, such as sample-10BT")
+    split: str = _setting("train", "split of a Hub dataset to read")
+    revision: str | None = _setting(None, "revision of a Hub dataset: branch, tag or commit")
+    validation_tokens: int | None = _setting(
+        None, "tokens to keep for validation; default 1% but at most 10 million"
+    )
+    deduplicate: bool = _setting(
+        True, "drop documents that differ from an earlier one in white space at most"
+    )
+    limit_tokens: int | None = _setting(None, "stop after the document that reaches this many tokens")
+    tokens_per_shard: int = _setting(100_000_000, "tokens in a shard file, at most")
+
+    def spec(self) -> SourceSpec:
+        return SourceSpec(self.source, self.text_column, self.config, self.split, self.revision)
+
+    def validate(self) -> None:
+        """Raises ValueError naming every bad value at once."""
+        problems = []
+        if self.tokens_per_shard < 1 or self.tokens_per_shard > MAX_TOKENS_PER_SHARD:
+            problems.append(
+                f"tokens_per_shard={self.tokens_per_shard:,} is not in 1..{MAX_TOKENS_PER_SHARD:,}"
+            )
+        if self.limit_tokens is not None and self.limit_tokens < 1:
+            problems.append(f"limit_tokens={self.limit_tokens:,} is not positive")
+        if self.validation_tokens is not None and self.validation_tokens < 0:
+            problems.append(f"validation_tokens={self.validation_tokens:,} is negative")
+        if problems:
+            raise ValueError("Bad settings: " + "; ".join(problems) + ".")
 
 
 def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
-    """Shards, tokenizer and manifest in `settings.output`; returns that folder."""
-    raise NotImplementedError
+    """Make the shard directory `settings.output`, or finish it, or find it finished; returns its path.
+
+    Raises:
+        ValueError: for bad settings, a source that cannot be read or is empty (SourceError), or an output
+            directory that holds something else.
+    """
+    settings.validate()
+    started = time.monotonic()
+    output = Path(settings.output)
+    if _is_finished(output, settings):
+        print(f"{output} is already prepared with these settings: nothing to do.")
+        return output
+    work = output / WORK_FOLDER
+    work.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(work / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(
+            f"Another process is preparing {output}; wait for it or choose another output."
+        ) from None
+    try:
+        if _is_finished(output, settings):  # by the process that held the lock
+            return output
+        _claim(work, settings)
+        spec = _gather(settings.spec(), work)
+        parts = _list_parts_once(spec, work)
+        tokenizer = _make_tokenizer(settings, spec, output)
+        folders = _encode_all(settings, spec, parts, tokenizer, work, progress)
+        manifest = _assemble(settings, tokenizer, folders, output, started)
+    finally:
+        lock.release()
+    shutil.rmtree(work)
+    if progress:
+        _print_summary(output, manifest)
+    return output
+
+
+# ---- the output directory
+
+
+def _content_settings(settings: PrepareSettings) -> dict:
+    """The settings that decide what the shards hold; the output's own name does not."""
+    return {name: value for name, value in asdict(settings).items() if name != "output"}
+
+
+def _is_finished(output: Path, settings: PrepareSettings) -> bool:
+    if not output.exists():
+        return False
+    if not output.is_dir():
+        raise ValueError(f"The output {output} is a file; name a folder.")
+    if (output / MANIFEST_FILE).exists():
+        _refuse_other_settings(output, read_manifest(output).settings, settings, "holds shards")
+        return True
+    foreign = sorted(path.name for path in output.iterdir() if path.name != WORK_FOLDER)
+    if foreign and not (output / WORK_FOLDER).exists():
+        raise ValueError(
+            f"The output {output} holds something else ({', '.join(foreign[:5])}{', …' if len(foreign) > 5 else ''}). "
+            "Nothing was changed; choose an empty or new folder."
+        )
+    return False
+
+
+def _refuse_other_settings(output: Path, before: dict, settings: PrepareSettings, what: str) -> None:
+    now = _content_settings(settings)
+    unlike = [
+        f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now if before.get(name) != now[name]
+    ]
+    if unlike:
+        raise ValueError(
+            f"The output {output} {what} made with other settings: {'; '.join(unlike)}. Nothing was changed; choose "
+            "another output, or delete that folder first."
+        )
+
+
+def _claim(work: Path, settings: PrepareSettings) -> None:
+    """Note the settings on the first run; refuse to go on with others later."""
+    path = work / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        _refuse_other_settings(work.parent, before, settings, "holds an unfinished preparation")
+        print(f"Going on with the unfinished preparation in {work.parent}.")
+    else:
+        write_atomically(path, json.dumps(_content_settings(settings)).encode())
+
+
+# ---- stages
+
+
+def _gather(spec: SourceSpec, work: Path) -> SourceSpec:
+    """python-docs becomes one file first: reading it takes longer than encoding it, and the tokenizer reads it too."""
+    if spec.source != PYTHON_DOCS:
+        return spec
+    path = work / "python-docs.jsonl"
+    if not path.exists():
+        print("Gathering the documentation in this Python environment …")
+        lines = (json.dumps({"text": document.text}) for document in read_documents(spec))
+        write_atomically(path, "\n".join(lines).encode())
+    return SourceSpec(os.fspath(path))
+
+
+def _list_parts_once(spec: SourceSpec, work: Path) -> list[Part]:
+    """The parts of the source; on a later run, refuse one that has changed in between."""
+    parts = list_parts(spec)
+    content = json.dumps([asdict(part) for part in parts]).encode()
+    path = work / "parts.json"
+    if path.exists() and path.read_bytes() != content:
+        raise ValueError(
+            f"The files of {spec.source!r} have changed since this preparation began. Delete {work.parent} and begin again."
+        )
+    write_atomically(path, content)
+    return parts
+
+
+def _make_tokenizer(settings: PrepareSettings, spec: SourceSpec, output: Path) -> PreTrainedTokenizerFast:
+    folder = output / TOKENIZER_FOLDER
+    if not folder.exists():
+        if settings.train_tokenizer is None:
+            tokenizer = load_tokenizer(settings.tokenizer)
+        else:
+            print(f"Training a tokenizer of {settings.train_tokenizer:,} words …")
+            tokenizer = train_tokenizer(
+                (document.text for document in read_documents(spec)), settings.train_tokenizer
+            )
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"The tokenizer {settings.tokenizer!r} has no end-of-text token to end documents with."
+            )
+        temporary = output / WORK_FOLDER / TOKENIZER_FOLDER
+        tokenizer.save_pretrained(os.fspath(temporary))
+        os.replace(temporary, folder)
+    return load_tokenizer(folder)
+
+
+def _encode_all(
+    settings: PrepareSettings,
+    spec: SourceSpec,
+    parts: list[Part],
+    tokenizer: PreTrainedTokenizerFast,
+    work: Path,
+    progress: bool,
+) -> list[Path]:
+    """Encode every part that is not there yet; returns the parts' folders in order."""
+    encoder = FastEncoder(tokenizer)
+    encoder.verify(
+        [
+            document.text
+            for document, _ in zip(read_part(spec, parts[0]), range(VERIFY_DOCUMENTS), strict=False)
+        ]
+    )
+    if not encoder.is_fast:
+        print(
+            f"Encoding with tokenizers, which is slower: tiktoken cannot stand in, because {encoder.why_slow}."
+        )
+    folders = [work / "parts" / f"{number:05d}" for number in range(len(parts))]
+    encoded = 0
+    with tqdm(desc="encoding", unit=" tokens", unit_scale=True, disable=not progress) as bar:
+        for number, (part, folder) in enumerate(zip(parts, folders, strict=True)):
+            if settings.limit_tokens is not None and encoded >= settings.limit_tokens:
+                folders = folders[:number]
+                break
+            if not folder.exists():
+                counts: Counter[str] = Counter()
+                documents = read_part(spec, part, counts)
+                bar.set_postfix_str(os.path.basename(part.paths[0]))
+                encode_part(
+                    documents,
+                    counts,
+                    folder,
+                    encoder,
+                    tokenizer.eos_token_id,
+                    limit_tokens=settings.limit_tokens,
+                    advance=lambda _, tokens: bar.update(tokens),
+                )
+            if settings.limit_tokens is not None:
+                encoded += int(np.load(folder / "rows.npy")["tokens"].sum())
+    return folders
+
+
+def _assemble(
+    settings: PrepareSettings,
+    tokenizer: PreTrainedTokenizerFast,
+    folders: list[Path],
+    output: Path,
+    started: float,
+) -> Manifest:
+    rows = [np.load(folder / "rows.npy") for folder in folders]
+    counts: Counter[str] = Counter()
+    for folder in folders:
+        counts.update(json.loads((folder / "counts.json").read_text())["counts"])
+    counts["documents"] = sum(map(len, rows))
+    total = sum(int(part["tokens"].sum()) for part in rows)
+    if total == 0:
+        raise ValueError(
+            f"The source {settings.source!r} is empty: no document with text in it "
+            f"({counts['blank']:,} blank or null ones were left out)."
+        )
+    validation = settings.validation_tokens
+    if validation is None:
+        validation = min(int(total * VALIDATION_SHARE), VALIDATION_AT_MOST)
+    selection = select_documents(
+        rows,
+        deduplicate=settings.deduplicate,
+        validation_tokens=validation,
+        limit_tokens=settings.limit_tokens,
+    )
+    counts["duplicates"] = selection.duplicates
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    receipts = output / WORK_FOLDER / "shards"
+    receipts.mkdir(exist_ok=True)
+    entries = []
+    cuts = plan_cuts(rows, selection, settings.tokens_per_shard)
+    if not any(cut.split == "train" for cut in cuts):
+        raise ValueError(
+            f"validation_tokens={validation:,} leaves nothing to train on: the source has {total:,} tokens in "
+            f"{counts['documents'] - counts['duplicates']:,} different documents. Ask for fewer, or 0."
+        )
+    for cut in cuts:
+        receipt = receipts / f"{cut.file}.json"
+        if not receipt.exists():
+            entry = write_cut(cut, rows, selection, folders, dtype, output)
+            write_atomically(receipt, json.dumps(asdict(entry)).encode())
+        entries.append(ShardEntry(**json.loads(receipt.read_text())))
+    return write_manifest(
+        output,
+        Manifest(
+            tokenizer=settings.tokenizer
+            if settings.train_tokenizer is None
+            else f"trained on {settings.source}",
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            dtype=dtype.name,
+            shards=tuple(entries),
+            settings=_content_settings(settings),
+            counts={name: counts[name] for name in ("documents", "duplicates", "blank", "repaired")},
+            versions={
+                name: version(name) for name in ("numpy", "pyarrow", "tiktoken", "tokenizers", "transformers")
+            },
+            elapsed_seconds=round(time.monotonic() - started, 1),
+        ),
+    )
+
+
+def _print_summary(output: Path, manifest: Manifest) -> None:
+    print(f"\n{'split':<12}{'shards':>8}{'documents':>14}{'tokens':>18}{'MB':>10}")
+    for split in manifest.splits:
+        shards = manifest.of_split(split)
+        size = sum(shard.bytes for shard in shards) / 1e6
+        print(
+            f"{split:<12}{len(shards):>8,}{manifest.documents(split):>14,}{manifest.tokens(split):>18,}{size:>10,.1f}"
+        )
+    counts = manifest.counts
+    print(
+        f"{counts['documents']:,} documents read, {counts['duplicates']:,} of them copies "
+        f"({counts['duplicates'] / counts['documents']:.2%}, dropped); {counts['blank']:,} blank or null left out; "
+        f"{counts['repaired']:,} with invalid UTF-8 repaired. {manifest.elapsed_seconds:,.0f} s.\n{output}"
+    )
+
+
+# ---- the command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.prepare", description="Turn text into token shards."
+    )
+    types = {"int | None": int, "int": int}
+    for item in fields(PrepareSettings):
+        if item.type == "bool":
+            parser.add_argument(
+                f"--{item.name}",
+                action=argparse.BooleanOptionalAction,
+                default=item.default,
+                help=item.metadata["help"],
+            )
+        else:
+            required = item.default is MISSING
+            parser.add_argument(
+                f"--{item.name}",
+                type=types.get(str(item.type), str),
+                required=required,
+                default=None if required else item.default,
+                help=item.metadata["help"]
+                + ("" if required or item.default is None else f" (default: {item.default})"),
+            )
+    arguments = parser.parse_args(argv)
+    try:
+        prepare(PrepareSettings(**vars(arguments)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -52,8 +52,8 @@ class ShardEntry:
 class Manifest:
     """What a shard directory holds: the receipt that preparation writes last.
 
-    `dtype` is "uint16" or "uint32"; `vocab_size` counts special tokens; `source` says where the documents came
-    from (source, configuration, split, revision, text column); `counts` holds documents read, dropped and
+    `dtype` is "uint16" or "uint32"; `vocab_size` counts special tokens; `settings` are those of the preparation, which say
+    where the documents came from; `counts` holds documents read, dropped and
     repaired; `sha256` is that of the file this object was read from ("" before it is written).
     """
 
@@ -63,7 +63,7 @@ class Manifest:
     eos_token_id: int
     dtype: str
     shards: tuple[ShardEntry, ...]
-    source: dict[str, Any]
+    settings: dict[str, Any]
     counts: dict[str, int] = field(default_factory=dict)
     contamination: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -114,13 +114,17 @@ def read_manifest(shard_dir: str | os.PathLike[str]) -> Manifest:
         fields = json.loads(content)
         version = fields["format_version"]
         if version != FORMAT_VERSION:
-            raise ShardError(f"{path} is of format version {version}; this code reads version {FORMAT_VERSION}.")
+            raise ShardError(
+                f"{path} is of format version {version}; this code reads version {FORMAT_VERSION}."
+            )
         shards = tuple(ShardEntry(**entry) for entry in fields.pop("shards"))
         return Manifest(**fields, shards=shards, sha256=hashlib.sha256(content).hexdigest())
     except ShardError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ShardError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the text again.") from error
+        raise ShardError(
+            f"{path} is damaged ({type(error).__name__}: {error}); prepare the text again."
+        ) from error
 
 
 def write_manifest(shard_dir: Path, manifest: Manifest) -> Manifest:
@@ -206,7 +210,9 @@ def open_shard(path: Path) -> pa.ListArray:
         stream = pa.ipc.open_stream(pa.memory_map(os.fspath(path)))
         column = stream.read_next_batch().column(COLUMN)
     except (OSError, StopIteration, KeyError, pa.ArrowInvalid) as error:
-        raise ShardError(f"{path} is not a readable token shard ({error}). Prepare the text again.") from error
+        raise ShardError(
+            f"{path} is not a readable token shard ({error}). Prepare the text again."
+        ) from error
     if not isinstance(column, pa.ListArray) or column.type.value_type not in (pa.uint16(), pa.uint32()):
         raise ShardError(f"{path}: the column {COLUMN} is {column.type}, not a list of uint16 or uint32.")
     return column
@@ -227,7 +233,9 @@ def check_files(shard_dir: Path, manifest: Manifest) -> None:
         ShardError: naming everything that is wrong.
     """
     problems = []
-    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(shard_dir) if entry.name.endswith(".arrow")}
+    sizes = {
+        entry.name: entry.stat().st_size for entry in os.scandir(shard_dir) if entry.name.endswith(".arrow")
+    }
     for shard in manifest.shards:
         size = sizes.pop(shard.file, None)
         if size is None:
@@ -236,7 +244,9 @@ def check_files(shard_dir: Path, manifest: Manifest) -> None:
             problems.append(f"{shard.file} has {size:,} bytes instead of {shard.bytes:,}")
     problems += [f"{name} is not in {MANIFEST_FILE}" for name in sorted(sizes)]
     if problems:
-        raise ShardError(f"The shards in {shard_dir} are not those of their manifest: " + "; ".join(problems) + ".")
+        raise ShardError(
+            f"The shards in {shard_dir} are not those of their manifest: " + "; ".join(problems) + "."
+        )
 
 
 def file_sha256(path: Path) -> str:
@@ -275,7 +285,12 @@ class TokenBlocks(Dataset):
     """
 
     def __init__(
-        self, shard_dir: str | os.PathLike[str], block_size: int, split: str = "train", *, check_hashes: bool = False
+        self,
+        shard_dir: str | os.PathLike[str],
+        block_size: int,
+        split: str = "train",
+        *,
+        check_hashes: bool = False,
     ):
         self.shard_dir = Path(shard_dir)
         self.block_size = block_size
@@ -292,7 +307,9 @@ class TokenBlocks(Dataset):
         if check_hashes:
             for entry in self._entries:
                 if file_sha256(self.shard_dir / entry.file) != entry.sha256:
-                    raise ShardError(f"{self.shard_dir / entry.file} is damaged: its SHA-256 is not the manifest's.")
+                    raise ShardError(
+                        f"{self.shard_dir / entry.file} is damaged: its SHA-256 is not the manifest's."
+                    )
         tokens = [entry.tokens for entry in self._entries]
         self.total_tokens = sum(tokens)
         if self.total_tokens < block_size:

