@@ -55,7 +55,9 @@ def _feistel(value: np.ndarray, key: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele, Lea & Flood 2014): each input bit flips each output bit half the time."""
+    """splitmix64's finaliser (Steele, Lea & Flood 2014): each input bit flips each output bit half the
+    time.
+    """
     with np.errstate(over="ignore"):
         value = (value + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
         value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -73,7 +75,9 @@ def collate_blocks(rows: BlockRows | list[dict[str, torch.Tensor]]) -> dict[str,
 
 
 class ShuffledBatches:
-    """Endless lists of dataset indices: global micro-batches start_batch + rank, + world_size, … of the stream."""
+    """Endless lists of dataset indices: global micro-batches start_batch + rank, + world_size, … of the
+    stream.
+    """
 
     def __init__(self, length: int, batch_size: int, seed: int, start_batch: int, rank: int, world_size: int):
         self.length, self.batch_size, self.seed = length, batch_size, seed
@@ -120,9 +124,9 @@ def build_loader(
     """Micro-batches of one process, already sliced: do not hand the loader to `accelerator.prepare`.
 
     With a seed: an endless stream in permuted order, a new permutation each epoch, the last batch of an epoch
-    running on into the next; global micro-batch g belongs to rank g % world_size, and `start_batch` is the first
-    global one, so that a resumed run sees what it would have seen, on any number of processes.
-    With seed None: one pass in order, sliced by rank in the same way; ranks may differ by one batch.
+    running on into the next; global micro-batch g belongs to rank g % world_size, and `start_batch` is the
+    first global one, so that a resumed run sees what it would have seen, on any number of processes. With
+    seed None: one pass in order, sliced by rank in the same way; ranks may differ by one batch.
 
     Raises:
         ValueError: if the dataset is empty or the numbers do not fit each other.
@@ -143,5 +147,6 @@ def build_loader(
         batches: Any = OrderedBatches(length, micro_batch_size, start_batch, rank, world_size)
     else:
         batches = ShuffledBatches(length, micro_batch_size, seed, start_batch, rank, world_size)
-    # In this process: cutting a batch from mapped memory takes microseconds, handing it over from a worker more.
+    # In this process: cutting a batch from mapped memory takes microseconds, handing it over from a worker
+    # more.
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=0)

@@ -1,8 +1,9 @@
 """Between text and shards: encoded parts, the choice of what is kept, and the assembly of the final files.
 
-Every part of a source is encoded on its own, in any order and by any number of processes, into a folder of three files.
-Only then is it decided, from hashes alone, which documents are duplicates and which are for validation; and the
-shards are cut from the kept documents in source order. So the shards are the same bytes however the work was shared.
+Every part of a source is encoded on its own, in any order and by any number of processes, into a folder of
+three files. Only then is it decided, from hashes alone, which documents are duplicates and which are for
+validation; and the shards are cut from the kept documents in source order. So the shards are the same bytes
+however the work was shared.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def encode_part(
 ) -> None:
     """Encode documents into `folder`, which appears under its name only when it is complete.
 
-    ids.bin holds the ids of all documents, each followed by `end_of_text`; rows.npy one ROW a document (its tokens
-    count the end); counts.json what the reader counted. Stops after the document that reaches `limit_tokens`.
+    ids.bin holds the ids of all documents, each followed by `end_of_text`; rows.npy one ROW a document (its
+    tokens count the end); counts.json what the reader counted. Stops after the document that reaches
+    `limit_tokens`.
     """
     started = time.monotonic()
     temporary = folder.with_name(folder.name + ".tmp")
@@ -112,10 +114,11 @@ SPLITS = {"train": TRAIN, "validation": VALIDATION}
 def select_documents(
     rows: list[np.ndarray], *, deduplicate: bool, validation_tokens: int, limit_tokens: int | None
 ) -> Selection:
-    """Drop later copies of a document, and put those with the smallest keys aside until they have enough tokens.
+    """Drop later copies of a document, and put those with the smallest keys aside until they have enough
+    tokens.
 
-    A key depends on the content alone: reordering or adding text never moves a training document to validation,
-    and copies of one document never stand on both sides.
+    A key depends on the content alone: reordering or adding text never moves a training document to
+    validation, and copies of one document never stand on both sides.
     """
     sizes = [len(part) for part in rows]
     keys = np.concatenate([part["key"] for part in rows])
@@ -143,7 +146,9 @@ def select_documents(
 
 @dataclass(frozen=True)
 class Cut:
-    """One shard to write: documents of the stream of its split, as (part, first row, last row + 1) stretches."""
+    """One shard to write: documents of the stream of its split, as (part, first row, last row + 1)
+    stretches.
+    """
 
     split: str
     file: str

@@ -1,8 +1,8 @@
 """Documents → token shards: `python -m data.prepare --source … --output … --tokenizer …`.
 
-Gather (python-docs only) → tokenizer → encode each part → choose → assemble → manifest. Every stage leaves its
-results whole or not at all, so the same command after an interruption goes on where it was. `manifest.json` comes
-last: a directory without it is not read by anything.
+Gather (python-docs only) → tokenizer → encode each part → choose → assemble → manifest. Every stage leaves
+its results whole or not at all, so the same command after an interruption goes on where it was.
+`manifest.json` comes last: a directory without it is not read by anything.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ def _is_finished(output: Path, settings: PrepareSettings) -> bool:
     foreign = sorted(path.name for path in output.iterdir() if path.name != WORK_FOLDER)
     if foreign and not (output / WORK_FOLDER).exists():
         raise ValueError(
-            f"The output {output} holds something else ({', '.join(foreign[:5])}{', …' if len(foreign) > 5 else ''}). "
+            f"The output {output} holds something else "
+            f"({', '.join(foreign[:5])}{', …' if len(foreign) > 5 else ''}). "
             "Nothing was changed; choose an empty or new folder."
         )
     return False
@@ -162,7 +163,8 @@ def _refuse_other_settings(output: Path, before: dict, settings: PrepareSettings
     ]
     if unlike:
         raise ValueError(
-            f"The output {output} {what} made with other settings: {'; '.join(unlike)}. Nothing was changed; choose "
+            f"The output {output} {what} made with other settings: {'; '.join(unlike)}. Nothing was "
+            "changed; choose "
             "another output, or delete that folder first."
         )
 
@@ -182,7 +184,9 @@ def _claim(work: Path, settings: PrepareSettings) -> None:
 
 
 def _gather(spec: SourceSpec, work: Path) -> SourceSpec:
-    """python-docs becomes one file first: reading it takes longer than encoding it, and the tokenizer reads it too."""
+    """python-docs becomes one file first: reading it takes longer than encoding it, and the tokenizer reads
+    it too.
+    """
     if spec.source != PYTHON_DOCS:
         return spec
     path = work / "python-docs.jsonl"
@@ -200,7 +204,8 @@ def _list_parts_once(spec: SourceSpec, work: Path) -> list[Part]:
     path = work / "parts.json"
     if path.exists() and path.read_bytes() != content:
         raise ValueError(
-            f"The files of {spec.source!r} have changed since this preparation began. Delete {work.parent} and begin again."
+            f"The files of {spec.source!r} have changed since this preparation began. Delete {work.parent} "
+            "and begin again."
         )
     write_atomically(path, content)
     return parts
@@ -244,7 +249,8 @@ def _encode_all(
     )
     if not encoder.is_fast:
         print(
-            f"Encoding with tokenizers, which is slower: tiktoken cannot stand in, because {encoder.why_slow}."
+            "Encoding with tokenizers, which is slower: tiktoken cannot stand in, because "
+            f"{encoder.why_slow}."
         )
     folders = [work / "parts" / f"{number:05d}" for number in range(len(parts))]
     encoded = 0
@@ -306,7 +312,8 @@ def _assemble(
     cuts = plan_cuts(rows, selection, settings.tokens_per_shard)
     if not any(cut.split == "train" for cut in cuts):
         raise ValueError(
-            f"validation_tokens={validation:,} leaves nothing to train on: the source has {total:,} tokens in "
+            f"validation_tokens={validation:,} leaves nothing to train on: the source has {total:,} tokens "
+            "in "
             f"{counts['documents'] - counts['duplicates']:,} different documents. Ask for fewer, or 0."
         )
     for cut in cuts:
@@ -347,7 +354,8 @@ def _print_summary(output: Path, manifest: Manifest) -> None:
     counts = manifest.counts
     print(
         f"{counts['documents']:,} documents read, {counts['duplicates']:,} of them copies "
-        f"({counts['duplicates'] / counts['documents']:.2%}, dropped); {counts['blank']:,} blank or null left out; "
+        f"({counts['duplicates'] / counts['documents']:.2%}, dropped); {counts['blank']:,} blank or null "
+        "left out; "
         f"{counts['repaired']:,} with invalid UTF-8 repaired. {manifest.elapsed_seconds:,.0f} s.\n{output}"
     )
 

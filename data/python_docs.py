@@ -1,8 +1,9 @@
 """The corpus that is already on every machine: the documentation inside the user's own Python environment.
 
-Docstrings of the standard library and of the installed packages, the language's help topics, and the packages'
-READMEs. Sources are parsed, never imported. The order is that of sorted names, and a paragraph that occurs twice
-(classes inherit and copy their docstrings) is kept once, so the same environment gives the same documents.
+Docstrings of the standard library and of the installed packages, the language's help topics, and the
+packages' READMEs. Sources are parsed, never imported. The order is that of sorted names, and a paragraph that
+occurs twice (classes inherit and copy their docstrings) is kept once, so the same environment gives the same
+documents.
 
 Standard library only: the processes that parse start in milliseconds.
 """
@@ -47,7 +48,8 @@ LEGAL = re.compile(
     r"licensed under|permission is hereby granted|all rights reserved|redistribution and use", re.I
 )
 MARKUP_LINE = re.compile(
-    r"^\s*(\[?!\[|<|\.\. (image|_|\||figure|raw|toctree|include)|:target:|:alt:|\[[^]]+\]: )|badge|shields\.io"
+    r"^\s*(\[?!\[|<|\.\. (image|_|\||figure|raw|toctree|include)|:target:|:alt:|\[[^]]+\]: )"
+    r"|badge|shields\.io"
 )
 
 
@@ -108,7 +110,8 @@ def _extract_all(paths: list[Path], processes: int | None) -> Iterator[list[str]
     count = processes or min(os.cpu_count() or 1, 8)
     workers = []
     for first in range(count):
-        # A fresh interpreter on this file alone: multiprocessing would import the user's main script again, torch and all.
+        # A fresh interpreter on this file alone: multiprocessing would import the user's main script again,
+        # torch and all.
         worker = subprocess.Popen(
             [sys.executable, "-I", os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -230,7 +233,9 @@ def _help_topics(path: Path) -> list[tuple[str, str]]:
 
 
 def _serve() -> None:
-    """Worker: a JSON list of paths on standard input; one JSON list of paragraphs per line on standard output."""
+    """Worker: a JSON list of paths on standard input; one JSON list of paragraphs per line on standard
+    output.
+    """
     warnings.simplefilter("ignore")  # other people's invalid escapes
     for path in json.loads(sys.stdin.buffer.readline()):
         print(json.dumps(extract(Path(path))), flush=False)

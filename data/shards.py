@@ -1,13 +1,16 @@
-"""The format on disk: a manifest, and Arrow files that `datasets` reads; and `TokenBlocks`, which cuts blocks from them.
+"""The format on disk: a manifest, and Arrow files that `datasets` reads; and `TokenBlocks`, which cuts blocks
+from them.
 
-A shard is an Arrow IPC *stream* with the one column `input_ids: list<uint16>` (uint32 for vocabularies over 65,536
-words), one row per document, each ending in the tokenizer's end-of-text id, all rows in ONE record batch: the ids of
-a shard are then one contiguous buffer that is mapped, not read. `docs/formats.md` describes every field.
+A shard is an Arrow IPC *stream* with the one column `input_ids: list<uint16>` (uint32 for vocabularies over
+65,536 words), one row per document, each ending in the tokenizer's end-of-text id, all rows in ONE record
+batch: the ids of a shard are then one contiguous buffer that is mapped, not read. `docs/formats.md` describes
+every field.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from bisect import bisect_right
@@ -52,9 +55,9 @@ class ShardEntry:
 class Manifest:
     """What a shard directory holds: the receipt that preparation writes last.
 
-    `dtype` is "uint16" or "uint32"; `vocab_size` counts special tokens; `settings` are those of the preparation, which say
-    where the documents came from; `counts` holds documents read, dropped and
-    repaired; `sha256` is that of the file this object was read from ("" before it is written).
+    `dtype` is "uint16" or "uint32"; `vocab_size` counts special tokens; `settings` are those of the
+    preparation, which say where the documents came from; `counts` holds documents read, dropped and repaired;
+    `sha256` is that of the file this object was read from ("" before it is written).
     """
 
     tokenizer: str
@@ -89,9 +92,12 @@ class Manifest:
         seen = tokenizer_fingerprint(tokenizer)
         if seen != self.tokenizer_fingerprint:
             raise ShardError(
-                f"The shards were made with the tokenizer {self.tokenizer!r} ({self.vocab_size:,} words, fingerprint "
-                f"{self.tokenizer_fingerprint[:12]}), but this one has {len(tokenizer):,} words and fingerprint "
-                f"{seen[:12]}. Load the tokenizer from the shard directory's {TOKENIZER_FOLDER}/ folder, or prepare "
+                f"The shards were made with the tokenizer {self.tokenizer!r} ({self.vocab_size:,} words, "
+                "fingerprint "
+                f"{self.tokenizer_fingerprint[:12]}), but this one has {len(tokenizer):,} words and "
+                "fingerprint "
+                f"{seen[:12]}. Load the tokenizer from the shard directory's {TOKENIZER_FOLDER}/ folder, "
+                "or prepare "
                 "the text again."
             )
 
@@ -177,7 +183,9 @@ def write_shard(path: Path, split: str, ids: np.ndarray, offsets: np.ndarray) ->
 
 
 class _HashingFile:
-    """A file to write to that hashes what passes: the bytes are in the cache then, and need no second reading."""
+    """A file to write to that hashes what passes: the bytes are in the cache then, and need no second
+    reading.
+    """
 
     def __init__(self, file: Any):
         self._file = file
@@ -222,7 +230,7 @@ def read_shard_documents(path: Path) -> Iterator[np.ndarray]:
     """Each document's ids, end-of-text included, in order."""
     column = open_shard(path)
     values, offsets = column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy()
-    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, end in itertools.pairwise(offsets):
         yield values[start:end]
 
 
@@ -258,7 +266,9 @@ def file_sha256(path: Path) -> str:
 
 
 class BlockRows(Sequence):
-    """Rows of one batch, cut together: `input_ids` is int64 (B, T). As a sequence: dicts, as from single indexing."""
+    """Rows of one batch, cut together: `input_ids` is int64 (B, T). As a sequence: dicts, as from single
+    indexing.
+    """
 
     def __init__(self, input_ids: torch.Tensor):
         self.input_ids = input_ids
@@ -274,10 +284,10 @@ class BlockRows(Sequence):
 class TokenBlocks(Dataset):
     """Blocks of `block_size` consecutive tokens of a split, as if its shards were one long stream.
 
-    blocks[i] is {"input_ids": int64 (T,), "labels": the same}, tokens i·T to (i + 1)·T; the model shifts the labels,
-    so a block has T - 1 targets. What is left over at the end of the stream, less than a block, is not used.
-    Opening costs the same however large the shards are: files are mapped when first touched. File sizes are checked
-    always; `check_hashes=True` reads and hashes every file of the split first.
+    blocks[i] is {"input_ids": int64 (T,), "labels": the same}, tokens i·T to (i + 1)·T; the model shifts the
+    labels, so a block has T - 1 targets. What is left over at the end of the stream, less than a block, is
+    not used. Opening costs the same however large the shards are: files are mapped when first touched. File
+    sizes are checked always; `check_hashes=True` reads and hashes every file of the split first.
 
     Raises:
         ShardError: if the directory is not what its manifest says.
@@ -314,7 +324,8 @@ class TokenBlocks(Dataset):
         self.total_tokens = sum(tokens)
         if self.total_tokens < block_size:
             raise ValueError(
-                f"The {split} split of {self.shard_dir} has {self.total_tokens:,} tokens, less than one block of "
+                f"The {split} split of {self.shard_dir} has {self.total_tokens:,} tokens, less than one "
+                "block of "
                 f"{block_size:,}. Give it more text or use a smaller block_size."
             )
         self._starts = [0, *np.cumsum(tokens).tolist()]  # of each shard, in tokens of the stream
@@ -364,7 +375,8 @@ class TokenBlocks(Dataset):
             values = open_shard(self.shard_dir / entry.file).values.to_numpy(zero_copy_only=True)
             if values.dtype != self._dtype or len(values) != entry.tokens:
                 raise ShardError(
-                    f"{self.shard_dir / entry.file} holds {len(values):,} {values.dtype} ids; its manifest says "
+                    f"{self.shard_dir / entry.file} holds {len(values):,} {values.dtype} ids; its manifest "
+                    "says "
                     f"{entry.tokens:,} {self._dtype}."
                 )
             self._values[shard] = values

@@ -1,8 +1,8 @@
 """Where documents come from: one function per kind of source.
 
-A source is a name in NAMED_SOURCES, `hub:OWNER/NAME`, or files: a path, a folder (read recursively) or a glob, also
-on object stores through fsspec (`s3://…`, `gs://…`). A source splits into *parts* by its files alone, so that the work
-can be shared out and resumed, and always gives the same documents in the same order.
+A source is a name in NAMED_SOURCES, `hub:OWNER/NAME`, or files: a path, a folder (read recursively) or a
+glob, also on object stores through fsspec (`s3://…`, `gs://…`). A source splits into *parts* by its files
+alone, so that the work can be shared out and resumed, and always gives the same documents in the same order.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Document:
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """What to read: see the module's head for `source`; `config`, `split` and `revision` are a Hub dataset's."""
+    """What to read: see the module's head for `source`; `config`, `split` and `revision` are a Hub
+    dataset's.
+    """
 
     source: str
     text_column: str = "text"
@@ -58,14 +60,18 @@ class SourceSpec:
 
 @dataclass(frozen=True)
 class Part:
-    """A share of a source: files of one or several kinds, read one after the other. `bytes` as stored, 0 unknown."""
+    """A share of a source: files of one or several kinds, read one after the other. `bytes` as stored, 0
+    unknown.
+    """
 
     paths: tuple[str, ...]
     bytes: int
 
 
 def read_documents(spec: SourceSpec, counts: Counter[str] | None = None) -> Iterator[Document]:
-    """Every document of the source, in order. `counts` collects what was left out or repaired; see `read_part`."""
+    """Every document of the source, in order. `counts` collects what was left out or repaired; see
+    `read_part`.
+    """
     for part in list_parts(spec):
         yield from read_part(spec, part, counts)
 
@@ -158,7 +164,8 @@ def _find_files(source: str) -> list[tuple[str, int]]:
     if not readable:
         kinds = sorted({os.path.splitext(name)[1] or "(none)" for name in files})
         raise SourceError(
-            f"Nothing in {source!r} can be read: its {len(files):,} files end in {', '.join(kinds[:10])}; readable are "
+            f"Nothing in {source!r} can be read: its {len(files):,} files end in {', '.join(kinds[:10])}; "
+            "readable are "
             f"{', '.join(READERS)}, the text kinds also with {', '.join(COMPRESSIONS)}."
         )
     return sorted(

