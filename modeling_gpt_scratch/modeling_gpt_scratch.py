@@ -55,11 +55,19 @@ def _loss_chunks(hidden_states, targets):
     return zip(hidden_states.chunk(n_chunks), targets.chunk(n_chunks), strict=True)
 
 
-def _chunk_log_probs(hidden_states, weight, targets, ignore_index):
-    """One chunk: its log-probabilities (n, V) in float32, its column of targets (n, 1), its mask (n, 1)."""
-    log_probs = F.log_softmax(hidden_states @ weight.T, dim=-1, dtype=torch.float32)
+def _chunk_losses(hidden_states, weight, targets, ignore_index):
+    """Cross-entropy of one chunk of n rows, in float32 and in one (n, V) buffer.
+
+    Returns the losses (n, 1), zero where ignored; softmax's numerators (n, V) and, for each row, what to
+    multiply them by: one over their sum, or zero where ignored.
+    """
+    logits = (hidden_states @ weight.T).float()
+    logits.sub_(logits.amax(dim=1, keepdim=True))
     counts = (targets != ignore_index).unsqueeze(1)
-    return log_probs, targets.clamp(min=0).unsqueeze(1), counts
+    target_logits = logits.gather(1, targets.clamp(min=0).unsqueeze(1))
+    numerators = logits.exp_()
+    sums = numerators.sum(dim=1, keepdim=True)
+    return (sums.log() - target_logits) * counts, numerators, counts / sums
 
 
 class _SummedLinearCrossEntropy(torch.autograd.Function):
@@ -78,19 +86,23 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
         w = weight.to(dtype)
         for x, y in _loss_chunks(hidden_states, targets):
             x = x.to(dtype)
-            log_probs, y, counts = _chunk_log_probs(x, w, y, ignore_index)
-            loss = loss - (log_probs.gather(1, y) * counts).sum()
-            # d loss / d logits = softmax - one_hot, made in the buffer of the log-probabilities.
-            grad_logits = log_probs.exp_()
-            grad_logits.scatter_add_(1, y, grad_logits.new_full((), -1.0).expand_as(y))
-            grad_logits = grad_logits.mul_(counts).to(dtype)
-            del log_probs
+            losses, softmax, factors = _chunk_losses(x, w, y, ignore_index)
+            loss = loss + losses.sum()
+            # d loss / d logits = softmax - one_hot, made in the buffer that the logits were in.
+            softmax.mul_(factors)
+            softmax.scatter_add_(1, y.clamp(min=0).unsqueeze(1), -(factors > 0).float())
+            grad_logits = softmax.to(dtype)
+            del softmax
             grad_hidden.append((grad_logits @ w).to(hidden_states.dtype))
-            if weight_needs_grad:
+            if grad_weight is not None:
                 if dtype == torch.float32:
                     grad_weight.addmm_(grad_logits.T, x)
-                else:
-                    grad_weight += grad_logits.T @ x
+                else:  # in slices: adding mixed types first copies the lower one, whole, to float32
+                    for rows, columns in zip(
+                        grad_weight.chunk(LOSS_CHUNKS), grad_logits.chunk(LOSS_CHUNKS, dim=1), strict=True
+                    ):
+                        rows += columns.T @ x
+            del grad_logits  # or it would live through the next chunk's logits
         ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -138,8 +150,7 @@ def linear_cross_entropy(hidden_states, weight, targets, num_items_in_batch=None
             loss = hidden_states.new_zeros((), dtype=torch.float32)
             w = weight.to(dtype)
             for x, y in _loss_chunks(hidden_states, targets):
-                log_probs, y, counts = _chunk_log_probs(x.to(dtype), w, y, ignore_index)
-                loss = loss - (log_probs.gather(1, y) * counts).sum()
+                loss = loss + _chunk_losses(x.to(dtype), w, y, ignore_index)[0].sum()
         if num_items_in_batch is None:
             num_items_in_batch = (targets != ignore_index).sum()
         elif torch.is_tensor(num_items_in_batch):
@@ -181,7 +192,7 @@ class GPTScratchAttention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, config.n_embd)
         self.v_proj = nn.Linear(config.n_embd, config.n_embd)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.o_proj._is_residual_proj = True
+        self.o_proj._is_residual_proj = True  # type: ignore[assignment]
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
@@ -225,7 +236,7 @@ class GPTScratchMLP(nn.Module):
             approximate="tanh"
         )  # GPT-2's approximation (Hendrycks & Gimpel 2016), kept for parity
         self.c_proj = nn.Linear(n_inner, config.n_embd)
-        self.c_proj._is_residual_proj = True
+        self.c_proj._is_residual_proj = True  # type: ignore[assignment]
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -445,7 +456,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: GPTScratchConfig):
@@ -488,10 +499,9 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
             if name in kwargs
         }
         targets = loss_kwargs.pop("shift_labels", None)
-        has_targets = labels is not None or targets is not None
         if skip_logits is None:
-            skip_logits = self.training and has_targets
-        if skip_logits and not has_targets:
+            skip_logits = self.training and not (labels is None and targets is None)
+        if skip_logits and labels is None and targets is None:
             raise ValueError(
                 "skip_logits=True leaves nothing to return without labels; pass labels or drop it"
             )
@@ -506,22 +516,22 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        assert outputs.last_hidden_state is not None
         hidden_states = outputs.last_hidden_state[:, kept]  # (B, kept, C)
-        if has_targets:
-            if targets is None:
-                # Position t predicts token t + 1; the last one has nothing to predict.
-                ignored = loss_kwargs.get("ignore_index", -100)
-                targets = F.pad(labels[:, 1:], (0, 1), value=ignored)
+        if targets is None and labels is not None:
+            # Position t predicts token t + 1; the last one has nothing to predict.
+            targets = F.pad(labels[:, 1:], (0, 1), value=loss_kwargs.get("ignore_index", -100))
+        if targets is not None:
             targets = targets[:, kept].to(hidden_states.device)
 
         loss = logits = None
-        if skip_logits and self._head_is_plain():
+        if skip_logits and targets is not None and self._head_is_plain():
             loss = linear_cross_entropy(
                 hidden_states.flatten(0, 1), self.lm_head.weight, targets.flatten(), **loss_kwargs
             )
         else:
             logits = self.lm_head(hidden_states)
-            if has_targets:
+            if targets is not None:
                 loss = self.loss_function(
                     logits=logits,
                     labels=labels,
@@ -554,25 +564,21 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
             and self.loss_function is ForCausalLMLoss
         )
 
-    def _prepare_generated_length(self, generation_config, input_ids_length, inputs_tensor, **kwargs):
+    def _prepare_generated_length(self, generation_config, **kwargs):  # type: ignore[override]
         """Generation ends at `n_positions`, with a warning; a prompt as long as that is refused.
 
         Learned positions end there: the next token would be an index error from deep inside.
         """
         n_positions = self.config.n_positions
-        prompt_tokens = max(input_ids_length, inputs_tensor.shape[1])
+        input_ids_length = kwargs["input_ids_length"]
+        prompt_tokens = max(input_ids_length, kwargs["inputs_tensor"].shape[1])
         if prompt_tokens >= n_positions:
             raise ValueError(
                 f"the prompt has {prompt_tokens} tokens, padding included; n_positions={n_positions} leaves "
                 f"no room for a new one; shorten it to {n_positions - 1} or fewer (tokenizer(..., "
                 f"truncation=True, max_length={n_positions - 1}))."
             )
-        generation_config = super()._prepare_generated_length(
-            generation_config=generation_config,
-            input_ids_length=input_ids_length,
-            inputs_tensor=inputs_tensor,
-            **kwargs,
-        )
+        generation_config = super()._prepare_generated_length(generation_config, **kwargs)  # type: ignore[misc]
         # With inputs_embeds, max_length counts new tokens only.
         longest = n_positions - (prompt_tokens - input_ids_length)
         if generation_config.max_length > longest:
@@ -596,10 +602,10 @@ class GPTScratchForQuestionAnswering(GenericForQuestionAnswering, GPTScratchPreT
     base_model_prefix = "transformer"
 
     def get_input_embeddings(self):
-        return self.transformer.wte
+        return self.transformer.wte  # type: ignore[union-attr]
 
     def set_input_embeddings(self, value):
-        self.transformer.wte = value
+        self.transformer.wte = value  # type: ignore[union-attr]
 
 
 __all__ = [
