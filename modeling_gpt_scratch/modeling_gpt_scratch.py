@@ -49,22 +49,23 @@ LOSS_CHUNKS = 8
 LOSS_CHUNK_ROWS = 256
 
 
-def _loss_chunks(hidden_states, targets):
-    """Cut (N, C) and (N,) into the same few runs of rows."""
+def _loss_chunks(hidden_states, targets, ignore_index):
+    """Cut N rows into few runs of n: states (n, C), targets (n, 1) with 0 for ignored, who counts (n, 1)."""
+    counts = (targets != ignore_index).unsqueeze(1)
+    targets = targets.unsqueeze(1).masked_fill(~counts, 0)
     n_chunks = max(1, min(LOSS_CHUNKS, hidden_states.shape[0] // LOSS_CHUNK_ROWS))
-    return zip(hidden_states.chunk(n_chunks), targets.chunk(n_chunks), strict=True)
+    return zip(*(tensor.chunk(n_chunks) for tensor in (hidden_states, targets, counts)), strict=True)
 
 
-def _chunk_losses(hidden_states, weight, targets, ignore_index):
-    """Cross-entropy of one chunk of n rows, in float32 and in one (n, V) buffer.
+def _chunk_losses(hidden_states, weight, targets, counts):
+    """Cross-entropy of one chunk, in float32 and in a single (n, V) buffer.
 
-    Returns the losses (n, 1), zero where ignored; softmax's numerators (n, V) and, for each row, what to
-    multiply them by: one over their sum, or zero where ignored.
+    Returns the losses (n, 1), zero where ignored; softmax's numerators (n, V) and what makes them
+    probabilities, or zero where ignored (n, 1).
     """
     logits = (hidden_states @ weight.T).float()
     logits.sub_(logits.amax(dim=1, keepdim=True))
-    counts = (targets != ignore_index).unsqueeze(1)
-    target_logits = logits.gather(1, targets.clamp(min=0).unsqueeze(1))
+    target_logits = logits.gather(1, targets)
     numerators = logits.exp_()
     sums = numerators.sum(dim=1, keepdim=True)
     return (sums.log() - target_logits) * counts, numerators, counts / sums
@@ -84,13 +85,12 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_needs_grad else None
         grad_hidden = []
         w = weight.to(dtype)
-        for x, y in _loss_chunks(hidden_states, targets):
+        for x, y, counts in _loss_chunks(hidden_states, targets, ignore_index):
             x = x.to(dtype)
-            losses, softmax, factors = _chunk_losses(x, w, y, ignore_index)
+            losses, softmax, factors = _chunk_losses(x, w, y, counts)
             loss = loss + losses.sum()
             # d loss / d logits = softmax - one_hot, made in the buffer that the logits were in.
-            softmax.mul_(factors)
-            softmax.scatter_add_(1, y.clamp(min=0).unsqueeze(1), -(factors > 0).float())
+            softmax.mul_(factors).scatter_add_(1, y, -counts.float())
             grad_logits = softmax.to(dtype)
             del softmax
             grad_hidden.append((grad_logits @ w).to(hidden_states.dtype))
@@ -149,8 +149,8 @@ def linear_cross_entropy(hidden_states, weight, targets, num_items_in_batch=None
         else:
             loss = hidden_states.new_zeros((), dtype=torch.float32)
             w = weight.to(dtype)
-            for x, y in _loss_chunks(hidden_states, targets):
-                loss = loss + _chunk_losses(x.to(dtype), w, y, ignore_index)[0].sum()
+            for x, y, counts in _loss_chunks(hidden_states, targets, ignore_index):
+                loss = loss + _chunk_losses(x.to(dtype), w, y, counts)[0].sum()
         if num_items_in_batch is None:
             num_items_in_batch = (targets != ignore_index).sum()
         elif torch.is_tensor(num_items_in_batch):
@@ -522,7 +522,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
             # Position t predicts token t + 1; the last one has nothing to predict.
             targets = F.pad(labels[:, 1:], (0, 1), value=loss_kwargs.get("ignore_index", -100))
         if targets is not None:
-            targets = targets[:, kept].to(hidden_states.device)
+            targets = targets[:, kept].to(hidden_states.device).contiguous()
 
         loss = logits = None
         if skip_logits and targets is not None and self._head_is_plain():
