@@ -1,0 +1,101 @@
+"""A corpus of a few thousand tokens and a model of two narrow blocks, for tests that train for real."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from data.prepare import PrepareSettings, prepare
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCABULARY = 300
+
+# A step is 8 rows of 32 tokens: 8 = 1 process x 2 micro-batches x 4 rows = 2 processes x 1 x 4.
+TOY_SETTINGS = {
+    "block_size": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "batch_tokens": 256,
+    "micro_batch_size": 4,
+    "max_steps": 12,
+    "warmup_steps": 2,
+    "learning_rate": 3e-3,
+    "eval_every_steps": 6,
+    "eval_batches": 2,
+    "sample_every_steps": 12,
+    "sample_tokens": 4,
+    "save_every_steps": 4,
+    "save_every_minutes": 0,
+    "log_every_steps": 3,
+    "keep_last": 10,
+    "mixed_precision": "no",
+    "compile": "none",
+}
+
+
+def write_toy_shards(folder: Path) -> Path:
+    """Shards of some hundred made-up sentences with a tokenizer trained on them."""
+    words = "the a model token learns reads writes dungeon loss step of and quickly never small deep".split()
+    randomness = random.Random(0)
+    lines = []
+    for _ in range(400):
+        text = " ".join(randomness.choices(words, k=randomness.randint(10, 60)))
+        lines.append(json.dumps({"text": text.capitalize() + "."}))
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / "toy.jsonl"
+    source.write_text("\n".join(lines) + "\n")
+    settings = PrepareSettings(
+        source=str(source), output=str(folder / "shards"), train_tokenizer=VOCABULARY, validation_tokens=1000
+    )
+    return prepare(settings, progress=False)
+
+
+def as_flags(settings: dict) -> list[str]:
+    """`{"a": 1}` as `["--a", "1"]`."""
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def environment() -> dict[str, str]:
+    """One thread a process, no network, no launcher's leftovers."""
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))
+    }
+    return {
+        **kept,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def train_command(*launch: str, **settings) -> list[str]:
+    """A command line that trains: with `accelerate launch` and its flags if there are any, else plain Python."""
+    launcher = [sys.executable]
+    if launch:
+        launcher += ["-m", "accelerate.commands.launch", *launch]
+    return [*launcher, str(ROOT / "train_accelerate.py"), *as_flags({**TOY_SETTINGS, **settings})]
+
+
+def run_training(*launch: str, check: bool = True, **settings) -> subprocess.CompletedProcess[str]:
+    """Train in a process of its own, outside the repository's folder."""
+    done = subprocess.run(
+        train_command(*launch, **settings),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(settings["run_dir"]).parent,
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def metrics_of(run_dir: Path) -> list[dict]:
+    """Lines of metrics.jsonl, without what depends on the time."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    timed = ("tokens_per_second", "elapsed_seconds")
+    return [{name: value for name, value in line.items() if name not in timed} for line in lines]

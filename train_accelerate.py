@@ -1,0 +1,242 @@
+"""Pretrain a GPT-2 with Accelerate: `accelerate launch train_accelerate.py --config recipes/demo.yaml`.
+
+Reads token shards (prepared first if they are missing), trains, and leaves a run directory with settings,
+metrics, checkpoints and an export that `from_pretrained` loads. The same command goes on where a run stopped.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from data.loader import build_loader, collate_blocks
+from data.prepare import PrepareSettings, prepare
+from data.shards import TokenBlocks
+from data.tokenizer import load_tokenizer, token_byte_lengths
+from evaluation.generation import generate_samples
+from evaluation.language_modeling import evaluate_loss
+from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
+from training.checkpoint import (
+    BackgroundWriter,
+    Keep,
+    TrainState,
+    checkpoint_to_resume,
+    latest_checkpoint,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from training.device import start_accelerator, start_processes
+from training.export import export_model, how_to_load, pretrained_companions
+from training.guard import StepGuard
+from training.interruption import Interruptions
+from training.journal import Journal
+from training.objective import count_targets, language_modeling_loss, to_device
+from training.optimizer import build_optimizer
+from training.recipe import TrainSettings, describe_batch, micro_batches_per_process
+from training.run_directory import RunDirectory, data_fingerprint, on_main_process
+from training.schedule import learning_rate_at
+from training.settings import SettingsError, parse_settings, settings_as_yaml
+from training.weights import whole
+
+ROOT = Path(__file__).resolve().parent
+# Products of (rows x width) by (width x vocabulary) run at full speed when the vocabulary divides by this.
+VOCABULARY_MULTIPLE = 64
+
+Objective = Callable[[nn.Module, Mapping[str, Tensor], Tensor], Tensor]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Shards, tokenizer and a fresh model from the settings; then the loop."""
+    try:
+        settings = parse_settings(
+            TrainSettings,
+            sys.argv[1:] if argv is None else argv,
+            default_config=ROOT / "recipes" / "demo.yaml",
+        )
+        with start_processes().main_process_first():
+            if not Path(settings.shards, "manifest.json").exists():
+                prepare(
+                    PrepareSettings(
+                        source=settings.source,
+                        output=settings.shards,
+                        tokenizer=settings.tokenizer,
+                        train_tokenizer=settings.train_tokenizer,
+                    )
+                )
+        tokenizer = load_tokenizer(Path(settings.shards, "tokenizer"))
+        train_set = TokenBlocks(settings.shards, settings.block_size)
+        eval_set = TokenBlocks(settings.shards, settings.block_size, split="validation")
+
+        set_seed(settings.seed)
+        model = GPTScratchForCausalLM(
+            GPTScratchConfig(
+                vocab_size=-(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
+                n_positions=settings.block_size,
+                n_layer=settings.n_layer,
+                n_head=settings.n_head,
+                n_embd=settings.n_embd,
+                resid_pdrop=settings.dropout,
+                embd_pdrop=settings.dropout,
+                attn_pdrop=settings.dropout,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        train(settings, model, tokenizer, train_set, eval_set, collate_blocks, language_modeling_loss)
+    except SettingsError as error:
+        if start_processes().is_main_process:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def train(
+    settings: TrainSettings,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    train_set: Dataset,
+    eval_set: Dataset,
+    collate: Callable[[Any], dict[str, Tensor]],
+    objective: Objective,
+) -> TrainState:
+    """Train `model` from the run's newest checkpoint, or from its start, to `max_steps`; then export it.
+
+    `collate` makes of some rows of a dataset a micro-batch: `input_ids` and `labels`, int64 (B, T).
+    `objective(model, micro_batch, num_targets)` is its share of the loss in nats per target of the whole
+    step. A step is one update.
+
+    Raises:
+        SettingsError: if the run cannot start, or cannot go on; the message is for the run's owner.
+    """
+    accelerator, chosen = start_accelerator(settings)
+    rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    accumulation = micro_batches_per_process(settings, world_size)
+    run_dir = Path(settings.run_dir)
+    fingerprint = data_fingerprint(train_set)
+    run = RunDirectory(accelerator, run_dir, settings, fingerprint, allow_change=settings.allow_change)
+    on_main_process(accelerator, lambda: checkpoint_to_resume(run_dir, warn=print))  # sets damaged ones aside
+    resumed_from = latest_checkpoint(run_dir)
+
+    companions = pretrained_companions(model, tokenizer) | {
+        "settings.yaml": settings_as_yaml(settings).encode()
+    }
+    parameters = model.num_parameters()
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, settings))
+    state = TrainState(model, optimizer, data_fingerprint=fingerprint, companions=companions)
+    set_seed(settings.seed + rank)  # each process draws its own dropout
+    if resumed_from is not None:
+        restore_checkpoint(accelerator, resumed_from, state)
+        run.continue_metrics(state.step)
+
+    guard = StepGuard(device, state.skipped_steps, state.skipped_in_a_row)
+    journal = Journal(accelerator, run, guard, state, settings)
+    export_dir = run_dir / "export"
+    if state.step >= settings.max_steps and export_dir.exists():
+        journal.say(
+            f"The run in {run_dir} is complete ({state.step:,} steps). For a new run choose another --run_dir; "
+            f"to train this one for longer, a higher --max_steps with --allow_change.\n{how_to_load(export_dir)}"
+        )
+        return state
+    journal.say(f"{chosen}\n{parameters:,} parameters; {describe_batch(settings, world_size)}.")
+    journal.say(
+        f"Going on from step {state.step:,} in {run_dir}." if resumed_from else f"A new run in {run_dir}."
+    )
+    journal.event("resumed" if resumed_from else "started", step=state.step, processes=world_size)
+
+    loader = partial(
+        build_loader,
+        collate=collate,
+        micro_batch_size=settings.micro_batch_size,
+        rank=rank,
+        world_size=world_size,
+    )
+    first_micro_batch = state.step * accumulation * world_size
+    micro_batches = iter(loader(train_set, seed=settings.seed, start_batch=first_micro_batch))
+    token_bytes = torch.from_numpy(token_byte_lengths(tokenizer))
+    prompts, sampling = (
+        settings.sample_prompts,
+        {"max_new_tokens": settings.sample_tokens, "seed": settings.seed},
+    )
+    keep = Keep(settings.keep_last, settings.keep_every_steps, settings.keep_best)
+    writer = BackgroundWriter(warn=journal.say)
+    interruptions = Interruptions(
+        accelerator, run_dir, max_minutes=settings.max_minutes, save_every_minutes=settings.save_every_minutes
+    )
+    stop = ""
+    with interruptions, closing(writer):
+        while state.step < settings.max_steps and not stop:
+            learning_rate = learning_rate_at(state.step, settings)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            model.train()
+            batches = [to_device(batch, device) for batch in islice(micro_batches, accumulation)]
+            num_targets = accelerator.reduce(sum(map(count_targets, batches)), "sum").clamp(min=1)
+            loss = torch.zeros((), device=device)
+            for number, batch in enumerate(batches, start=1):
+                # Gradients travel between processes once a step, with the last micro-batch.
+                with nullcontext() if number == accumulation else accelerator.no_sync(model):
+                    share = objective(model, batch, num_targets)
+                    # Data parallelism averages gradients over processes; these shares are to be added up.
+                    accelerator.backward(share * world_size)
+                loss += share.detach()
+            loss = accelerator.reduce(loss, "sum")
+            gradient_norm = whole(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
+            is_skipped = guard.check(optimizer, loss, gradient_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            state.step += 1
+            state.tokens += settings.batch_tokens
+            journal.add(state, learning_rate, loss, gradient_norm, is_skipped)
+
+            agreed = interruptions.agree(alarm=writer.cannot_go_on())
+            stop = agreed.stop
+            is_last = state.step == settings.max_steps
+            evaluates = is_last or state.step % settings.eval_every_steps == 0
+            samples = is_last or state.step % settings.sample_every_steps == 0
+            saves = is_last or bool(stop) or agreed.save or state.step % settings.save_every_steps == 0
+            if evaluates or samples or saves or state.step % settings.log_every_steps == 0:
+                journal.flush(state)
+            if evaluates:
+                validation = loader(eval_set, seed=None)
+                result = evaluate_loss(
+                    model, validation, accelerator, token_bytes=token_bytes, max_batches=settings.eval_batches
+                )
+                journal.validation(state, result.loss, result.bits_per_byte)
+            if samples:
+                texts = generate_samples(model, tokenizer, prompts, accelerator=accelerator, **sampling)
+                journal.samples(prompts, texts)
+            if saves:
+                save_checkpoint(accelerator, run_dir, state, keep=keep, writer=writer)
+                interruptions.saved()
+            if evaluates or samples or saves:
+                journal.resume_clock()
+        on_main_process(accelerator, writer.finish)
+    journal.close()
+    journal.event("stopped" if stop else "finished", step=state.step, reason=stop)
+    if stop:
+        interruptions.forget_stop_file()
+        journal.say(
+            f"Stopped after step {state.step:,}: {stop}. The same command goes on from its checkpoint."
+        )
+        return state
+    export_model(accelerator, model, tokenizer, export_dir)
+    journal.say(how_to_load(export_dir))
+    return state
+
+
+if __name__ == "__main__":
+    main()

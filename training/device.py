@@ -1,0 +1,144 @@
+"""Where a run computes, in which precision, and whether compiled: chosen once, and said in one line."""
+
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
+
+from training.recipe import TrainSettings
+from training.settings import SettingsError
+
+# Below this, compiling on a CPU (about a minute) costs more than it brings.
+CPU_COMPILE_MINIMUM_FLOPS = 1e15
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One decision with its reason, for the line at the start."""
+
+    value: str
+    reason: str
+
+
+def start_processes() -> PartialState:
+    """Meet the other processes of this run, if a launcher started several; call before anything else of Accelerate.
+
+    Accelerate starts CPU processes as it starts GPU ones, but joins them only when told that this is the CPU.
+    """
+    return PartialState(cpu=_runs_on_cpu())
+
+
+def _runs_on_cpu() -> bool:
+    asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
+    return asked or not torch.accelerator.is_available()
+
+
+def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, str]:
+    """The Accelerator of this run, and the line that says what was chosen and why.
+
+    Accelerate's own gradient accumulation stays at 1: the loop owns accumulation, because a loss must be
+    divided by the targets of the whole step.
+
+    Raises:
+        SettingsError: if the device cannot do what the settings ask for.
+    """
+    device = start_processes().device
+    precision = choose_precision(device, settings.mixed_precision)
+    compilation = choose_compilation(device, settings)
+    dynamo = None
+    if compilation.value != "none":
+        dynamo = TorchDynamoPlugin(
+            backend="inductor", use_regional_compilation=compilation.value == "regional"
+        )
+    if device.type == "cuda":
+        # Products that stay in float32 may use TF32: ten bits of mantissa, eight times the speed.
+        torch.set_float32_matmul_precision("high")
+    if settings.deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    accelerator = Accelerator(
+        cpu=_runs_on_cpu(),
+        mixed_precision=precision.value,
+        gradient_accumulation_steps=1,
+        dynamo_plugin=dynamo,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    processes = accelerator.num_processes
+    line = (
+        f"Running on {_name_of(device)}, {processes} process{'es' if processes > 1 else ''} "
+        f"({accelerator.distributed_type.value}); precision {precision.value} ({precision.reason}); "
+        f"torch.compile {compilation.value} ({compilation.reason})"
+    )
+    line += "; TF32 for what stays in float32." if device.type == "cuda" else "."
+    if processes == 1 and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
+        line += (
+            "\n`accelerate launch --cpu` was asked for several processes and started one; "
+            "`--config_file accelerate_configs/ddp.yaml --num_processes N` starts N, on the CPU too."
+        )
+    return accelerator, line
+
+
+def choose_precision(device: torch.device, wanted: str) -> Choice:
+    """`no` (float32), `bf16`, `fp16` or `fp8`, from what the device has in hardware."""
+    if wanted == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability() < (8, 9)):
+        raise SettingsError(
+            f"mixed_precision=fp8 needs a GPU of compute capability 8.9 or more, this is {device}"
+        )
+    if wanted == "fp16" and device.type == "cpu":
+        raise SettingsError("mixed_precision=fp16 is for GPUs; on a CPU choose bf16 or no")
+    if wanted != "auto":
+        return Choice(wanted, "as asked")
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability() >= (8, 0):
+            return Choice("bf16", "the GPU has it in hardware")
+        return Choice("fp16", "the GPU has no bfloat16")
+    if device.type == "cpu":
+        if _cpu_has_bfloat16():
+            return Choice("bf16", "the CPU has it in hardware")
+        return Choice("no", "the CPU would emulate bfloat16")
+    return Choice("no", f"float32 is the safe choice on {device.type}")
+
+
+def choose_compilation(device: torch.device, settings: TrainSettings) -> Choice:
+    """`none`, `whole` or `regional`."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or shutil.which("c++")
+    if settings.compile != "auto":
+        if settings.compile != "none" and compiler is None:
+            return Choice("none", "it was asked for, but this machine has no C compiler")
+        return Choice(settings.compile, "as asked")
+    if device.type == "cuda":
+        if compiler is None:
+            return Choice("none", "this machine has no C compiler")
+        return Choice("whole", "it pays on GPUs")
+    if device.type == "cpu":
+        parameters = 12 * settings.n_layer * settings.n_embd**2
+        if (
+            compiler is not None
+            and 6 * parameters * settings.batch_tokens * settings.max_steps > CPU_COMPILE_MINIMUM_FLOPS
+        ):
+            return Choice("whole", "a long run earns the minute of compilation")
+        return Choice("none", "a short run on a CPU does not earn back the compilation")
+    return Choice("none", f"not tried on {device.type}")
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Linux says so in /proc/cpuinfo: `avx512_bf16`, `amx_bf16` on x86, `bf16` on ARM."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def _name_of(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return device.type

@@ -1,0 +1,35 @@
+"""A non-finite loss or gradient never reaches the weights, and finding one costs no wait for the device."""
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor
+
+
+class StepGuard:
+    """Counts non-finite steps and makes the optimizer skip them, all on the device.
+
+    The fused optimizer looks at its `found_inf` (a float32 0-d tensor) and leaves weights, moments and step
+    counts as they are where it is 1: the flag that fp16's GradScaler uses. The host learns of it when it next
+    reads the counts.
+    """
+
+    def __init__(self, device: torch.device, skipped_steps: int = 0, skipped_in_a_row: int = 0):
+        # total, in a row now
+        self._counts = torch.tensor([skipped_steps, skipped_in_a_row], dtype=torch.float32, device=device)
+
+    def check(self, optimizer: AcceleratedOptimizer, loss: Tensor, gradient_norm: Tensor) -> Tensor:
+        """Arm the optimizer's next step; returns 1.0 (skipped) or 0.0, a 0-d tensor.
+
+        `loss` and `gradient_norm` are 0-d and the same on every process, so that all skip or none.
+        """
+        is_bad = 1.0 - (torch.isfinite(loss) & torch.isfinite(gradient_norm)).float()
+        total, in_a_row = self._counts
+        self._counts = torch.stack([total + is_bad, (in_a_row + 1.0) * is_bad])
+        if optimizer.scaler is None:  # a GradScaler sets the flag itself
+            optimizer.optimizer.found_inf = is_bad
+        return is_bad
+
+    def read(self) -> tuple[int, int]:
+        """Skipped steps in total and in a row up to now. Waits for the device."""
+        total, in_a_row = self._counts.tolist()
+        return int(total), int(in_a_row)

@@ -1,0 +1,160 @@
+"""The settings of pretraining: every field with its meaning and unit."""
+
+from dataclasses import dataclass
+
+from training.settings import SettingsError, setting
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What `train_accelerate.py` can be told. Defaults are GPT-2 124M's; recipes say what they change."""
+
+    # Data
+    shards: str = setting(
+        "artifacts/shards/python-docs", "folder of token shards; prepared from `source` if missing"
+    )
+    source: str = setting(
+        "python-docs", "where text for missing shards comes from, as in `python -m data.prepare`"
+    )
+    tokenizer: str = setting("gpt2", "tokenizer for missing shards: gpt2, a folder or a Hub id")
+    train_tokenizer: int | None = setting(
+        None, "for missing shards, train a byte-level BPE of this size on them instead", "words", at_least=257
+    )
+    block_size: int = setting(
+        1024, "tokens in a row, also the context of the model", "tokens", at_least=2, changes_run=True
+    )
+    # Run
+    run_dir: str = setting("artifacts/runs/gpt2", "folder for everything that the run writes")
+    max_steps: int = setting(19_073, "length of the run", "steps", at_least=1, changes_run=True)
+    seed: int = setting(1337, "seed of the weights and of the data order", changes_run=True)
+    allow_change: bool = setting(False, "go on with a run although settings that change it were changed")
+    # Batch
+    batch_tokens: int = setting(
+        524_288, "batch of one step over all processes", "tokens", at_least=1, changes_run=True
+    )
+    micro_batch_size: int = setting(16, "rows in one forward of one process", "rows", at_least=1)
+    # Model
+    n_layer: int = setting(12, "depth", "blocks", at_least=1, changes_run=True)
+    n_head: int = setting(12, "attention heads of a block", "heads", at_least=1, changes_run=True)
+    n_embd: int = setting(768, "width", "features", at_least=1, changes_run=True)
+    dropout: float = setting(
+        0.0, "dropout of embeddings, attention and residual branches", at_least=0, changes_run=True
+    )
+    # Update rule
+    optimizer: str = setting("adamw", "update rule", choices=("adamw",), changes_run=True)
+    learning_rate: float = setting(6e-4, "highest learning rate", at_least=0, changes_run=True)
+    final_learning_rate_ratio: float = setting(
+        0.1, "last learning rate as a part of the highest", at_least=0, changes_run=True
+    )
+    warmup_steps: int = setting(
+        715, "linear rise of the learning rate", "steps", at_least=0, changes_run=True
+    )
+    weight_decay: float = setting(0.1, "decay of matrices; vectors have none", at_least=0, changes_run=True)
+    adam_beta1: float = setting(0.9, "memory of AdamW's first moment", at_least=0, changes_run=True)
+    adam_beta2: float = setting(0.95, "memory of AdamW's second moment", at_least=0, changes_run=True)
+    adam_epsilon: float = setting(
+        1e-8, "AdamW's guard against division by zero", at_least=0, changes_run=True
+    )
+    max_grad_norm: float = setting(
+        1.0, "gradients with a larger norm are scaled down to it", at_least=0, changes_run=True
+    )
+    # Precision and speed
+    mixed_precision: str = setting(
+        "auto",
+        "arithmetic of the forward; weights stay float32",
+        choices=("auto", "no", "bf16", "fp16", "fp8"),
+    )
+    compile: str = setting(
+        "auto",
+        "torch.compile: the model whole, or block by block",
+        choices=("auto", "none", "whole", "regional"),
+    )
+    activation_checkpointing: bool = setting(
+        False, "recompute activations in the backward: slower, far less memory"
+    )
+    deterministic: bool = setting(
+        False, "on GPUs, only kernels that repeat bit for bit (the CPU's always do)"
+    )
+    # Looking at the model
+    eval_every_steps: int = setting(250, "time between validations; one also at the end", "steps", at_least=1)
+    eval_batches: int = setting(
+        160, "micro-batches of a validation, over all processes", "micro-batches", at_least=1
+    )
+    sample_every_steps: int = setting(1000, "time between samples; also at the end", "steps", at_least=1)
+    sample_prompts: tuple[str, ...] = setting(("The",), "beginnings that the model continues")
+    sample_tokens: int = setting(48, "length of a sample", "tokens", at_least=1)
+    log_every_steps: int = setting(
+        10, "time between writes of metrics.jsonl, which has a line per step", "steps", at_least=1
+    )
+    log_with: tuple[str, ...] = setting(
+        (), "experiment trackers of Accelerate", choices=("tensorboard", "wandb", "trackio")
+    )
+    # Keeping
+    save_every_steps: int = setting(
+        5000, "time between checkpoints; one also at the end", "steps", at_least=1
+    )
+    save_every_minutes: float = setting(
+        15.0, "time between checkpoints on slow machines; 0 is never", "minutes", at_least=0
+    )
+    keep_last: int = setting(2, "newest checkpoints that are kept", "checkpoints", at_least=1)
+    keep_every_steps: int = setting(
+        0, "checkpoints at multiples of this are kept for good; 0 is none", "steps", at_least=0
+    )
+    keep_best: bool = setting(True, "keep the checkpoint with the lowest validation loss as well")
+    # Stopping
+    max_minutes: float = setting(
+        0.0, "stop with a checkpoint after this long, for queue limits; 0 is never", "minutes", at_least=0
+    )
+    max_skipped_steps: int = setting(
+        20, "non-finite steps in a row that end the run; single ones are skipped", "steps", at_least=1
+    )
+
+    def problems(self) -> list[str]:
+        """Values that are possible alone but not together."""
+        problems = []
+        if self.n_embd % self.n_head:
+            problems.append(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+        if self.dropout >= 1:
+            problems.append(f"dropout={self.dropout} must be below 1")
+        for name in ("adam_beta1", "adam_beta2"):
+            if getattr(self, name) >= 1:
+                problems.append(f"{name}={getattr(self, name)} must be below 1")
+        if self.warmup_steps > self.max_steps:
+            problems.append(f"warmup_steps={self.warmup_steps:,} is more than max_steps={self.max_steps:,}")
+        if self.batch_tokens % self.block_size:
+            problems.append(_does_not_divide(self.batch_tokens, 1, self.block_size, 1))
+        return problems
+
+
+def micro_batches_per_process(settings: TrainSettings, num_processes: int) -> int:
+    """How many forwards each process contributes to one step.
+
+    Raises:
+        SettingsError: if `batch_tokens` cannot be cut into equal parts, with the nearest that can.
+    """
+    unit = settings.micro_batch_size * settings.block_size * num_processes
+    if settings.batch_tokens % unit:
+        raise SettingsError(
+            _does_not_divide(
+                settings.batch_tokens, settings.micro_batch_size, settings.block_size, num_processes
+            )
+        )
+    return settings.batch_tokens // unit
+
+
+def _does_not_divide(wanted: int, micro_batch_size: int, block_size: int, num_processes: int) -> str:
+    unit = micro_batch_size * block_size * num_processes
+    nearest = max(1, round(wanted / unit)) * unit
+    return (
+        f"batch_tokens={wanted:,} is not a multiple of {unit:,} (micro_batch_size {micro_batch_size} x "
+        f"block_size {block_size} x {num_processes} processes); nearest is {nearest:,}."
+    )
+
+
+def describe_batch(settings: TrainSettings, num_processes: int) -> str:
+    """How a step's batch comes about, for the line at the start."""
+    return (
+        f"{settings.max_steps:,} steps of {settings.batch_tokens:,} tokens = "
+        f"{micro_batches_per_process(settings, num_processes)} micro-batches x "
+        f"{settings.micro_batch_size} rows x {settings.block_size} tokens x {num_processes} process{'es' if num_processes > 1 else ''}"
+    )

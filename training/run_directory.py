@@ -1,0 +1,184 @@
+"""The folder of one run: whose it is, whether it may be continued, and its metrics."""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from training.files import explain_write_error, replace_file
+from training.settings import SettingsError, changed_settings, settings_as_yaml
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one directory go unnoticed there
+    fcntl = None  # type: ignore[assignment]
+
+SETTINGS_FILE = "settings.yaml"
+DATA_FILE = "data.json"
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+LOCK_FILE = ".lock"
+
+
+def on_main_process(accelerator: Accelerator, work: Callable[[], object]) -> None:
+    """Do `work` on the main process while the others wait; its failure is everyone's.
+
+    Raises:
+        SettingsError: on every process, with the message of the one that it raised.
+    """
+    problem = [""]
+    if accelerator.is_main_process:
+        try:
+            work()
+        except SettingsError as error:
+            problem = [str(error)]
+    broadcast_object_list(problem)
+    if problem[0]:
+        raise SettingsError(problem[0])
+
+
+def data_fingerprint(train_set: Any) -> str:
+    """What the training data is, whatever folder it lies in: of its tokenizer and of every shard's hash.
+
+    A dataset without a manifest says so itself, with an attribute `fingerprint`.
+    """
+    if hasattr(train_set, "fingerprint"):
+        return train_set.fingerprint
+    manifest = train_set.manifest
+    content = [manifest.tokenizer_fingerprint, *((shard.split, shard.sha256) for shard in manifest.shards)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+class RunDirectory:
+    """One run's folder, held until this process ends.
+
+    Every process has one; only the main process touches the disk.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        path: Path,
+        settings: Any,
+        data_fingerprint: str,
+        *,
+        allow_change: bool,
+    ):
+        """Create the folder, or take the one of the same run up again.
+
+        Raises:
+            SettingsError: if it cannot be written, another process is using it, it holds something else, or
+            it is of
+                a run with other settings or data (each named), unless `allow_change`.
+        """
+        self.path = path
+        self._is_main = accelerator.is_main_process
+        on_main_process(accelerator, lambda: self._open_or_explain(settings, data_fingerprint, allow_change))
+
+    def _open_or_explain(self, settings: Any, data_fingerprint: str, allow_change: bool) -> None:
+        try:
+            self._open(settings, data_fingerprint, allow_change)
+        except OSError as error:
+            raise SettingsError(explain_write_error(error, "The run directory", self.path)) from error
+
+    def _open(self, settings: Any, data_fingerprint: str, allow_change: bool) -> None:
+        path = self.path
+        if path.exists() and not path.is_dir():
+            raise SettingsError(f"--run_dir {path} is a file; choose a folder")
+        is_ours = (path / SETTINGS_FILE).exists()
+        if path.exists() and not is_ours and any(entry.name != LOCK_FILE for entry in path.iterdir()):
+            raise SettingsError(
+                f"--run_dir {path} holds files but no {SETTINGS_FILE}, so it is no run's; choose another"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
+        if is_ours:
+            problems = self._changes(settings, data_fingerprint)
+            if problems and not allow_change:
+                changes = "\n".join(f"  - {problem}" for problem in problems)
+                raise SettingsError(
+                    f"{path} is a run with other settings:\n{changes}\n"
+                    "Give the old values to continue it, --allow_change to continue it with the new ones, or "
+                    "another --run_dir to start a new run."
+                )
+        replace_file(path / SETTINGS_FILE, settings_as_yaml(settings).encode())
+        replace_file(path / DATA_FILE, json.dumps({"data_fingerprint": data_fingerprint}).encode())
+
+    def _take_lock(self) -> Any:
+        """The kernel lets go of it when this process ends, however it ends."""
+        lock = open(self.path / LOCK_FILE, "a+")  # noqa: SIM115 (held open on purpose)
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                owner = lock.read().strip() or "unknown"
+                raise SettingsError(
+                    f"another run is using {self.path} (process {owner}); wait for it, stop it, or choose "
+                    "another --run_dir"
+                ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} on {os.uname().nodename}")
+        lock.flush()
+        return lock
+
+    def _changes(self, settings: Any, data_fingerprint: str) -> list[str]:
+        try:
+            recorded = yaml.safe_load((self.path / SETTINGS_FILE).read_text(encoding="utf-8"))
+            recorded_data = json.loads((self.path / DATA_FILE).read_text())["data_fingerprint"]
+            problems = changed_settings(settings, recorded)
+        except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+            return [f"what it was started with cannot be read ({type(error).__name__}: {error})"]
+        if recorded_data != data_fingerprint:
+            problems.append(
+                f"training data: {recorded_data[:12]} then, {data_fingerprint[:12]} now (hash of tokenizer and shards)"
+            )
+        return problems
+
+    def continue_metrics(self, last_step: int) -> None:
+        """Forget metrics of steps after `last_step`, which come again, and a line that a crash cut off."""
+        path = self.path / METRICS_FILE
+        if not self._is_main or not path.exists():
+            return
+        kept = []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= last_step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                pass  # cut off in the middle: its step comes again
+        if len(kept) != len(lines):
+            replace_file(path, "".join(line + "\n" for line in kept).encode())
+
+    def append_metrics(self, lines: list[dict[str, Any]]) -> None:
+        """One JSON object per line; a number that is not finite is null, which JSON can say."""
+        self._append(METRICS_FILE, lines)
+
+    def append_event(self, event: str, **details: Any) -> None:
+        """Something worth knowing later that is no metric.
+
+        Started, resumed, stopped, skipped steps, a spike.
+        """
+        self._append(EVENTS_FILE, [{"event": event, "unix_time": round(time.time(), 3), **details}])
+
+    def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
+        if not self._is_main:
+            return
+        text = "".join(
+            json.dumps({k: _finite(v) for k, v in line.items()}, allow_nan=False) + "\n" for line in lines
+        )
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
