@@ -1,0 +1,299 @@
+"""HellaSwag accuracy, in both published ways, from one forward per question and way.
+
+*completion*, after build-nanogpt: the raw context, an ending's log-probability as a sum and per token.
+*harness*, after lm-evaluation-harness: the activity as a label in front, cleaned text, as a sum and per
+character.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from data.hellaswag import Question
+from evaluation.continuations import Continuation, score_continuations, supports_packing
+from evaluation.isolation import bare_model, undisturbed
+from evaluation.statistics import Proportion, proportion
+
+STYLES = ("completion", "harness")
+
+
+@dataclass(frozen=True)
+class QuestionScores:
+    """Log-probabilities of a question's four endings, in nats, and what each is divided by for the norm.
+
+    `log_probabilities[style]` and `lengths[style]` hold four numbers each; a length is in tokens for
+    "completion" and in characters for "harness". `truncated`: the model's context was too short for the
+    whole text.
+    """
+
+    index: int
+    label: int
+    source: str
+    log_probabilities: dict[str, list[float]]
+    lengths: dict[str, list[int]]
+    truncated: bool = False
+
+    def predictions(self) -> dict[str, int]:
+        """The ending that each metric chooses: "<style>_acc" by the sum, "<style>_acc_norm" by the norm."""
+        chosen = {}
+        for style, sums in self.log_probabilities.items():
+            # A cleaned ending without a character left has no per-character score: it is never chosen.
+            normed = [s / n if n else -math.inf for s, n in zip(sums, self.lengths[style], strict=True)]
+            chosen[f"{style}_acc"] = max(range(len(sums)), key=sums.__getitem__)
+            chosen[f"{style}_acc_norm"] = max(range(len(sums)), key=normed.__getitem__)
+        return chosen
+
+
+@dataclass(frozen=True)
+class HellaSwagResult:
+    """Accuracy by metric, over all questions and by their source, with 95% intervals."""
+
+    questions: int
+    truncated: int
+    accuracy: dict[str, Proportion]
+    by_source: dict[str, dict[str, Proportion]]
+
+
+def evaluate_hellaswag(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    accelerator: Accelerator,
+    *,
+    batch_tokens: int | None = None,
+    styles: Sequence[str] = STYLES,
+    progress: bool = False,
+) -> HellaSwagResult:
+    """Accuracy on `questions`, which the processes share. Arguments and errors as `score_questions`."""
+    scores = score_questions(
+        model,
+        tokenizer,
+        questions,
+        accelerator,
+        batch_tokens=batch_tokens,
+        styles=styles,
+        progress=progress,
+    )
+    return summarize([question for batch in scores for question in batch])
+
+
+def summarize(scores: Sequence[QuestionScores]) -> HellaSwagResult:
+    """Raises: ValueError: if there are no scores."""
+    if not scores:
+        raise ValueError("no questions were scored: give at least one")
+    right = [(s.source, {m: choice == s.label for m, choice in s.predictions().items()}) for s in scores]
+    metrics = list(right[0][1])
+    sources = sorted({source for source, _ in right})
+
+    def shares(rows: list[dict[str, bool]]) -> dict[str, Proportion]:
+        return {metric: proportion(sum(row[metric] for row in rows), len(rows)) for metric in metrics}
+
+    return HellaSwagResult(
+        questions=len(scores),
+        truncated=sum(s.truncated for s in scores),
+        accuracy=shares([row for _, row in right]),
+        by_source={name: shares([row for source, row in right if source == name]) for name in sources},
+    )
+
+
+def score_questions(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    accelerator: Accelerator,
+    *,
+    batch_tokens: int | None = None,
+    styles: Sequence[str] = STYLES,
+    progress: bool = False,
+) -> Iterator[list[QuestionScores]]:
+    """Scores as they come, longest questions first, every process yielding the same ones.
+
+    `model` may be compiled or prepared by Accelerate; its mode and all random states are left as they were
+    once the iterator ends. `batch_tokens` bounds the tokens of one forward on one process, padding
+    included; by default it suits the device. A batch that does not fit the memory is halved. A question
+    longer than the model's context loses its beginning, as in lm-evaluation-harness, and is marked.
+
+    Raises:
+        ValueError: if an ending or context tokenises to nothing, or the model returns NaN.
+    """
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    config = bare_model(model).config
+    context = getattr(config, "max_position_embeddings", None)
+    work = encode(questions, tokenizer, styles)
+    if batch_tokens is None:
+        batch_tokens = 2048 if accelerator.device.type == "cpu" else 32768
+
+    with (
+        undisturbed(model),
+        tqdm(
+            total=len(questions),
+            unit="question",
+            desc="HellaSwag",
+            disable=not (progress and accelerator.is_main_process),
+        ) as bar,
+    ):
+        packed = supports_packing(model, [c for item in work[:1] for c in item.continuations], accelerator)
+        batches = list(_batches(work, batch_tokens, packed))
+        for first in range(0, len(batches), world_size):
+            # The last round may have fewer batches than processes: the others repeat one, for a sharded
+            # forward needs everybody, and what they find is not counted.
+            mine = batches[min(first + rank, len(batches) - 1)]
+            continuations = [c for item in mine for c in item.continuations]
+            sums = torch.tensor(
+                score_continuations(model, continuations, accelerator, context=context, packed=packed),
+                dtype=torch.float64,
+            )
+            round_of = batches[first : first + world_size]
+            if world_size > 1:
+                table = torch.zeros(world_size, max(_size(b) for b in round_of), dtype=torch.float64)
+                if first + rank < len(batches):
+                    table[rank, : len(sums)] = sums
+                table = accelerator.reduce(table.to(accelerator.device), reduction="sum").cpu()
+                sums = torch.cat([row[: _size(batch)] for row, batch in zip(table, round_of, strict=False)])
+            finished = _collect(
+                [item for batch in round_of for item in batch], sums.tolist(), styles, context
+            )
+            bar.update(len(finished))
+            yield finished
+
+
+@dataclass(frozen=True)
+class EncodedQuestion:
+    """A question with its endings as token sequences: four of each style, style by style."""
+
+    question: Question
+    continuations: list[Continuation]
+    lengths: dict[str, list[int]]
+
+    @property
+    def tokens(self) -> int:
+        return max(len(c.tokens) for c in self.continuations)
+
+
+def encode(
+    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, styles: Sequence[str]
+) -> list[EncodedQuestion]:
+    """Questions as token sequences, longest first."""
+    unknown = set(styles) - set(STYLES)
+    if unknown or not styles:
+        raise ValueError(f"styles {list(styles)!r}: give one or both of {list(STYLES)}")
+    per_style = {
+        style: {"completion": _encode_completion, "harness": _encode_harness}[style](questions, tokenizer)
+        for style in styles
+    }
+    work = []
+    for number, question in enumerate(questions):
+        continuations = [c for style in styles for c in per_style[style][number][0]]
+        for position, continuation in enumerate(continuations):
+            if continuation.scored == 0 or continuation.scored == len(continuation.tokens):
+                what = "ending" if continuation.scored == 0 else "context before the ending"
+                raise ValueError(
+                    f"question {question.index}: the {what} {question.endings[position % 4]!r} tokenises to "
+                    f"nothing with {type(tokenizer).__name__}; there is nothing to score"
+                )
+        work.append(
+            EncodedQuestion(question, continuations, {style: per_style[style][number][1] for style in styles})
+        )
+    return sorted(work, key=lambda item: -item.tokens)
+
+
+def _encode_completion(questions, tokenizer) -> list[tuple[list[Continuation], list[int]]]:
+    """Context and ending are tokenised apart, the ending with a blank in front (build-nanogpt)."""
+    contexts = tokenizer([q.ctx for q in questions])["input_ids"]
+    endings = tokenizer([" " + e for q in questions for e in q.endings], add_special_tokens=False)[
+        "input_ids"
+    ]
+    encoded = []
+    for number, context in enumerate(contexts):
+        four = endings[4 * number : 4 * number + 4]
+        encoded.append(([Continuation(context + e, len(e)) for e in four], [len(e) for e in four]))
+    return encoded
+
+
+def _encode_harness(questions, tokenizer) -> list[tuple[list[Continuation], list[int]]]:
+    """Context and ending are tokenised together; the ending is what is longer than the context alone."""
+    contexts, wholes, characters = [], [], []
+    for question in questions:
+        context = clean(f"{question.activity_label}: {question.ctx_a} {question.ctx_b.capitalize()}")
+        endings = [clean(ending) for ending in question.endings]
+        wholes += [f"{context} {ending}" for ending in endings]
+        contexts.append(
+            context.rstrip()
+        )  # blanks at the end belong to the ending, or they would become tokens
+        characters.append([len(ending) for ending in endings])
+    context_ids, whole_ids = tokenizer(contexts)["input_ids"], tokenizer(wholes)["input_ids"]
+    encoded = []
+    for number, context in enumerate(context_ids):
+        four = whole_ids[4 * number : 4 * number + 4]
+        encoded.append(
+            ([Continuation(ids, max(0, len(ids) - len(context))) for ids in four], characters[number])
+        )
+    return encoded
+
+
+def clean(text: str) -> str:
+    """WikiHow's markup out of a text, in the harness's order, which decides where blanks are left over."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def _batches(
+    work: Sequence[EncodedQuestion], batch_tokens: int, packed: bool
+) -> Iterator[list[EncodedQuestion]]:
+    """Runs of questions, longest first, each within the budget when padded to its longest row."""
+    batch: list[EncodedQuestion] = []
+    width = 0
+    for item in work:
+        rows = len(item.continuations) // 4 if packed else len(item.continuations)
+        # Of a packed row the context is there once and each ending behind it.
+        row = item.tokens + packed * sum(sorted(c.scored for c in item.continuations)[-4:-1])
+        if batch and max(width, row) * rows * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch, width = [], 0
+        batch.append(item)
+        width = max(width, row)
+    if batch:
+        yield batch
+
+
+def _size(batch: Sequence[EncodedQuestion]) -> int:
+    return sum(len(item.continuations) for item in batch)
+
+
+def _collect(
+    work: Sequence[EncodedQuestion], sums: Sequence[float], styles: Sequence[str], context: int | None
+) -> list[QuestionScores]:
+    broken = {
+        item.question.index
+        for number, item in enumerate(work)
+        if any(math.isnan(s) for s in sums[number * 4 * len(styles) : (number + 1) * 4 * len(styles)])
+    }
+    if broken:
+        raise ValueError(
+            f"the model returned NaN on {len(broken)} of {len(work)} questions of a batch (first: question "
+            f"{min(broken)}); its weights are broken or overflow in this dtype"
+        )
+    finished, position = [], 0
+    for item in work:
+        by_style = {}
+        for style in styles:
+            by_style[style] = list(sums[position : position + 4])
+            position += 4
+        finished.append(
+            QuestionScores(
+                index=item.question.index,
+                label=item.question.label,
+                source=item.question.source,
+                log_probabilities=by_style,
+                lengths=item.lengths,
+                truncated=context is not None and item.tokens > context + 1,
+            )
+        )
+    return finished
