@@ -35,6 +35,22 @@ for auto_class, model_class in (
     auto_class.register(GPTScratchConfig, model_class, exist_ok=True)
     model_class.register_for_auto_class(auto_class.__name__)
 
+
+def _from_gpt2(cls, source, **kwargs) -> GPTScratchForCausalLM:
+    """This model with stock GPT-2's weights, so with its logits, loss and gradients.
+
+    `source` is a Hub id ("openai-community/gpt2"), a folder or a GPT2LMHeadModel; keyword arguments go to
+    `GPT2LMHeadModel.from_pretrained`.
+    """
+    # Here: `python -m modeling_gpt_scratch.convert_gpt2` warns if importing the package imported it before.
+    from .convert_gpt2 import load_gpt2
+
+    return load_gpt2(source, **kwargs)
+
+
+# Attached, because the converter stays home while the class travels with checkpoints.
+GPTScratchForCausalLM.from_gpt2 = classmethod(_from_gpt2)  # type: ignore[attr-defined]
+
 __all__ = [
     "PRESETS",
     "GPTScratchConfig",

@@ -57,7 +57,6 @@ class GPTScratchConfig(PreTrainedConfig):
         "max_position_embeddings": "n_positions",
         "num_attention_heads": "n_head",
         "num_hidden_layers": "n_layer",
-        "intermediate_size": "n_inner",
     }
 
     # How the base model is cut over devices. `wte` is named because transformers only guesses `embed_tokens`.

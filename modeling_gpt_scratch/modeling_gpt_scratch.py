@@ -457,7 +457,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    # No _fsdp_plan: sharded as a module of its own, the head's weight is out of the chunked loss's reach.
 
     def __init__(self, config: GPTScratchConfig):
         super().__init__(config)
