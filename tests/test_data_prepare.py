@@ -1,0 +1,297 @@
+"""`python -m data.prepare`: what it writes, what it refuses, and that it goes on where it stopped."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pytest
+
+from data.parts import content_key
+from data.prepare import PrepareSettings, main, prepare
+from data.shards import ShardError, TokenBlocks, read_manifest, read_shard_documents
+from data.tokenizer import gpt2_tokenizer, load_tokenizer, train_tokenizer
+from tests.test_data_sources import small_environment
+from tests.test_data_tokenizer import PROSE, large_tokenizer
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def write_corpus(path, documents=60, seed=0):
+    """JSON lines of short different documents; returns their texts."""
+    generator = random.Random(seed)
+    words = " ".join(PROSE[:3]).split()
+    texts = [f"{number}: " + " ".join(generator.choices(words, k=30)) for number in range(documents)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return texts
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(PROSE, 400).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    write_corpus(tmp_path / "corpus.jsonl")
+    return tmp_path / "corpus.jsonl"
+
+
+def run(tmp_path, corpus, tokenizer_folder, name="shards", **settings):
+    return prepare(
+        PrepareSettings(
+            source=str(corpus), output=str(tmp_path / name), **{"tokenizer": tokenizer_folder, **settings}
+        ),
+        progress=False,
+    )
+
+
+def decoded(folder, split):
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    entries = read_manifest(folder).of_split(split)
+    documents = [ids for entry in entries for ids in read_shard_documents(folder / entry.file)]
+    assert all(ids[-1] == tokenizer.eos_token_id for ids in documents)
+    return [tokenizer.decode(ids[:-1]) for ids in documents]
+
+
+def test_every_document_comes_back_once_in_order_from_several_shards(tmp_path, corpus, tokenizer_folder):
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    folder = run(tmp_path, corpus, tokenizer_folder, tokens_per_shard=500, validation_tokens=300)
+    manifest = read_manifest(folder)
+    train, validation = decoded(folder, "train"), decoded(folder, "validation")
+    assert sorted(train + validation) == sorted(texts)
+    assert [text for text in texts if text in set(train)] == train
+    assert [text for text in texts if text in set(validation)] == validation
+    assert len(manifest.of_split("train")) > 3
+    assert all(entry.tokens <= 500 for entry in manifest.shards)
+    assert 300 <= manifest.tokens("validation") < 300 + max(len(text) for text in texts)
+    assert manifest.counts == {"documents": 60, "duplicates": 0, "blank": 0, "repaired": 0}
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["manifest.json", "tokenizer", *(entry.file for entry in manifest.shards)]
+    )
+
+
+def test_what_is_written_is_ready_for_training(tmp_path, corpus, tokenizer_folder):
+    folder = run(tmp_path, corpus, tokenizer_folder)
+    blocks = TokenBlocks(folder, 32, check_hashes=True)
+    blocks.manifest.check_tokenizer(load_tokenizer(folder / "tokenizer"))
+    assert len(TokenBlocks(folder, 32, split="validation")) >= 1
+    with pytest.raises(ShardError, match=r"made with the tokenizer .* \(400 words.* has 50,257 words"):
+        blocks.manifest.check_tokenizer(gpt2_tokenizer())
+
+
+def test_two_preparations_write_the_same_bytes(tmp_path, corpus, tokenizer_folder):
+    hashes = [
+        [entry.sha256 for entry in read_manifest(run(tmp_path, corpus, tokenizer_folder, name)).shards]
+        for name in ("one", "two")
+    ]
+    assert hashes[0] == hashes[1]
+
+
+def test_a_tokenizer_is_trained_on_the_source(tmp_path, corpus, capsys):
+    folder = prepare(
+        PrepareSettings(source=str(corpus), output=str(tmp_path / "out"), train_tokenizer=300), progress=False
+    )
+    assert read_manifest(folder).vocab_size == len(load_tokenizer(folder / "tokenizer")) == 300
+
+
+def test_a_large_vocabulary_gives_uint32_shards(tmp_path, corpus):
+    large_tokenizer().save_pretrained(tmp_path / "large")
+    folder = run(tmp_path, corpus, str(tmp_path / "large"))
+    manifest = read_manifest(folder)
+    assert manifest.dtype == "uint32"
+    assert manifest.vocab_size == 256 + 65_536 + 1
+    assert int(TokenBlocks(folder, 16)[0]["input_ids"].max()) > 65_535 or manifest.eos_token_id > 65_535
+
+
+def test_the_embedded_corpus_is_prepared_with_a_tokenizer_of_its_own(tmp_path, monkeypatch):
+    small_environment(monkeypatch, tmp_path)
+    settings = PrepareSettings(source="python-docs", output=str(tmp_path / "out"), train_tokenizer=270)
+    folder = prepare(settings, progress=False)
+    assert read_manifest(folder).documents() == 3
+    assert any("help" not in text and "lamp" in text for text in decoded(folder, "train"))
+
+
+# ---- duplicates and the split
+
+
+def test_copies_are_dropped_and_counted_wherever_they_stand(tmp_path, tokenizer_folder):
+    texts = write_corpus(tmp_path / "a.jsonl")
+    with open(tmp_path / "a.jsonl", "a") as file:
+        for text in (texts[3], texts[7].replace(" ", "\n  "), texts[3] + "\n"):
+            file.write(json.dumps({"text": text}) + "\n")
+    folder = run(tmp_path, tmp_path / "a.jsonl", tokenizer_folder)
+    assert read_manifest(folder).counts["duplicates"] == 3
+    assert sorted(decoded(folder, "train") + decoded(folder, "validation")) == sorted(texts)
+    kept = run(tmp_path, tmp_path / "a.jsonl", tokenizer_folder, "kept", deduplicate=False)
+    assert read_manifest(kept).counts["duplicates"] == 0
+    assert read_manifest(kept).documents() == 63
+
+
+def test_no_copy_crosses_the_split_even_when_copies_are_kept(tmp_path, tokenizer_folder):
+    texts = write_corpus(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    folder = run(tmp_path, tmp_path / "?.jsonl", tokenizer_folder, deduplicate=False, validation_tokens=500)
+    train, validation = decoded(folder, "train"), decoded(folder, "validation")
+    assert len(train) + len(validation) == 2 * len(texts)
+    assert not set(train) & set(validation)
+
+
+def test_training_documents_stay_training_documents_when_the_source_grows(tmp_path, tokenizer_folder):
+    write_corpus(tmp_path / "b.jsonl")
+    small = run(tmp_path, tmp_path / "b.jsonl", tokenizer_folder, "small", validation_tokens=600)
+    write_corpus(tmp_path / "a.jsonl", seed=1)
+    grown = run(tmp_path, tmp_path / "?.jsonl", tokenizer_folder, "grown", validation_tokens=600)
+    assert not set(decoded(small, "train")) & set(decoded(grown, "validation"))
+
+
+def test_keys_ignore_white_space_only():
+    assert content_key("a b\nc") == content_key(" a  b c ")
+    assert content_key("a b c") != content_key("a b C")
+
+
+def test_a_token_limit_takes_the_first_documents(tmp_path, corpus, tokenizer_folder):
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    folder = run(tmp_path, corpus, tokenizer_folder, limit_tokens=1000, validation_tokens=0)
+    manifest = read_manifest(folder)
+    seen = decoded(folder, "train")
+    assert seen == texts[: len(seen)]
+    last = len(load_tokenizer(folder / "tokenizer")(seen[-1]).input_ids) + 1
+    assert manifest.tokens() - last < 1000 <= manifest.tokens()
+
+
+# ---- interruptions and refusals
+
+
+def test_a_finished_output_is_left_alone(tmp_path, corpus, tokenizer_folder, capsys):
+    folder = run(tmp_path, corpus, tokenizer_folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    run(tmp_path, corpus, tokenizer_folder)
+    assert "already prepared" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_an_output_of_other_settings_is_refused_with_the_differences(tmp_path, corpus, tokenizer_folder):
+    folder = run(tmp_path, corpus, tokenizer_folder)
+    before = (folder / "manifest.json").read_bytes()
+    with pytest.raises(ValueError, match=r"tokens_per_shard was 100000000, is 7.*Nothing was changed"):
+        run(tmp_path, corpus, tokenizer_folder, tokens_per_shard=7)
+    assert (folder / "manifest.json").read_bytes() == before
+
+
+def test_an_output_that_holds_something_else_is_refused(tmp_path, corpus, tokenizer_folder):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "holiday.jpg").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"holds something else \(holiday\.jpg\)"):
+        run(tmp_path, corpus, tokenizer_folder)
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["holiday.jpg"]
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(ValueError, match="is a file"):
+        run(tmp_path, corpus, tokenizer_folder, "file")
+
+
+def test_a_second_process_on_the_same_output_is_refused(tmp_path, corpus, tokenizer_folder):
+    work = tmp_path / "shards" / ".work"
+    work.mkdir(parents=True)
+    with filelock.FileLock(work / "lock"), pytest.raises(ValueError, match="Another process is preparing"):
+        run(tmp_path, corpus, tokenizer_folder)
+
+
+def test_an_unfinished_output_is_not_continued_with_other_settings(tmp_path, corpus, tokenizer_folder):
+    (tmp_path / "bad.jsonl").write_text(corpus.read_text() + "broken")
+    with pytest.raises(ValueError, match=r"bad\.jsonl:61"):
+        run(tmp_path, tmp_path / "bad.jsonl", tokenizer_folder)
+    assert not list((tmp_path / "shards").glob("*.arrow"))
+    with pytest.raises(ValueError, match="unfinished preparation made with other settings: source was"):
+        run(tmp_path, corpus, tokenizer_folder)
+
+
+def test_a_source_that_changed_since_an_interruption_is_refused(tmp_path, tokenizer_folder):
+    path = tmp_path / "a.jsonl"
+    write_corpus(path)
+    path.write_text(path.read_text() + "broken")
+    with pytest.raises(ValueError, match="not one JSON object"):
+        run(tmp_path, path, tokenizer_folder)
+    path.write_text(path.read_text().removesuffix("broken"))
+    with pytest.raises(ValueError, match="have changed since"):
+        run(tmp_path, path, tokenizer_folder)
+
+
+@pytest.mark.parametrize("content", ["", '{"text": ""}\n{"text": null}\n'])
+def test_an_empty_corpus_is_an_error(tmp_path, tokenizer_folder, content):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(ValueError, match="is empty: no document with text"):
+        run(tmp_path, tmp_path / "a.jsonl", tokenizer_folder)
+
+
+def test_a_validation_split_that_takes_everything_is_an_error(tmp_path, corpus, tokenizer_folder):
+    with pytest.raises(ValueError, match="leaves nothing to train on"):
+        run(tmp_path, corpus, tokenizer_folder, validation_tokens=10**9)
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, corpus):
+    tokenizer = large_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        run(tmp_path, corpus, str(tmp_path / "endless"))
+
+
+def test_bad_settings_are_reported_all_at_once(tmp_path):
+    settings = PrepareSettings(
+        "x", str(tmp_path / "o"), limit_tokens=0, tokens_per_shard=2**31, validation_tokens=-1
+    )
+    with pytest.raises(ValueError, match=r"tokens_per_shard=.*limit_tokens=0.*validation_tokens=-1"):
+        prepare(settings)
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_command_prepares_and_prints_a_table(tmp_path, corpus, tokenizer_folder):
+    command = [
+        sys.executable,
+        "-m",
+        "data.prepare",
+        "--source",
+        str(corpus),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(
+        [*command, "--tokenizer", tokenizer_folder],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "validation" in done.stdout
+    assert read_manifest(tmp_path / "out").documents() == 60
+
+
+def test_the_command_ends_with_one_line_and_status_one_on_bad_input(tmp_path, capsys):
+    assert main(["--source", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: No source")
+    assert "Traceback" not in error
+
+
+def test_a_corpus_smaller_than_one_block_is_an_error(tmp_path, tokenizer_folder):
+    write_corpus(tmp_path / "a.jsonl", documents=1)
+    folder = run(tmp_path, tmp_path / "a.jsonl", tokenizer_folder, validation_tokens=0)
+    with pytest.raises(ValueError, match="less than one block of 4,096"):
+        TokenBlocks(folder, 4096)
+
+
+def test_a_document_larger_than_a_shard_gets_its_own(tmp_path, tokenizer_folder):
+    texts = ["short one", "long " * 200, "short two", "short three"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    folder = run(tmp_path, tmp_path / "a.jsonl", tokenizer_folder, tokens_per_shard=50, validation_tokens=0)
+    manifest = read_manifest(folder)
+    assert [entry.documents for entry in manifest.shards] == [1, 1, 2]
+    assert decoded(folder, "train") == texts
+    assert np.dtype(manifest.dtype) == np.uint16

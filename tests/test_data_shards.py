@@ -1,0 +1,228 @@
+"""The format on disk: round trip, what `datasets` makes of it, and every kind of damage."""
+
+import json
+import os
+import pickle
+import time
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.loader import build_loader, collate_blocks
+from data.shards import (
+    Manifest,
+    ShardEntry,
+    ShardError,
+    TokenBlocks,
+    open_shard,
+    read_manifest,
+    read_shard_documents,
+    write_manifest,
+    write_shard,
+)
+
+END = 0
+
+
+def write_set(folder, shards, dtype="uint16", split="train"):
+    """A shard directory from lists of documents, each a list of ids without the end."""
+    entries = []
+    for number, documents in enumerate(shards):
+        ids = np.array([i for document in documents for i in [*document, END]], dtype=dtype)
+        offsets = np.cumsum([0, *(len(document) + 1 for document in documents)]).astype(np.int32)
+        entries.append(write_shard(folder / f"{split}-{number:05d}.arrow", split, ids, offsets))
+    manifest = Manifest("test", "0" * 64, 100, END, dtype, tuple(entries), {"source": "test"})
+    return write_manifest(folder, manifest)
+
+
+document = st.lists(st.integers(1, 65_535), max_size=30)
+
+
+@settings(max_examples=25, deadline=None)
+@given(documents=st.lists(document, min_size=1, max_size=8), dtype=st.sampled_from(["uint16", "uint32"]))
+def test_documents_come_back_from_a_shard(tmp_path_factory, documents, dtype):
+    folder = tmp_path_factory.mktemp("set")
+    write_set(folder, [documents], dtype)
+    seen = list(read_shard_documents(folder / "train-00000.arrow"))
+    assert [ids.tolist() for ids in seen] == [[*ids, END] for ids in documents]
+    assert all(ids.dtype == dtype for ids in seen)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shards=st.lists(st.lists(document, min_size=1, max_size=5), min_size=1, max_size=5),
+    block_size=st.integers(2, 17),
+)
+def test_blocks_are_the_stream_of_all_shards_cut_in_order(tmp_path_factory, shards, block_size):
+    folder = tmp_path_factory.mktemp("set")
+    write_set(folder, shards)
+    stream = [i for documents in shards for ids in documents for i in [*ids, END]]
+    if len(stream) < block_size:
+        with pytest.raises(ValueError, match="less than one block"):
+            TokenBlocks(folder, block_size)
+        return
+    blocks = TokenBlocks(folder, block_size)
+    expected = torch.tensor(stream[: len(stream) // block_size * block_size]).reshape(-1, block_size)
+    assert len(blocks) == len(expected)
+    assert torch.equal(blocks.__getitems__(range(len(blocks))).input_ids, expected)
+    assert torch.equal(torch.stack([blocks[i]["labels"] for i in range(len(blocks))]), expected)
+    assert torch.equal(blocks[-1]["input_ids"], expected[-1])
+    with pytest.raises(IndexError):
+        blocks[len(blocks)]
+
+
+def test_batches_are_int64_and_labels_equal_input_ids(tmp_path):
+    write_set(tmp_path, [[list(range(1, 40))]])
+    batch = next(iter(build_loader(TokenBlocks(tmp_path, 8), collate_blocks, micro_batch_size=3, seed=0)))
+    assert batch["input_ids"].shape == (3, 8)
+    assert batch["input_ids"].dtype == torch.int64
+    assert torch.equal(batch["input_ids"], batch["labels"])
+
+
+def test_a_generic_collator_sees_ordinary_rows(tmp_path):
+    """Fine-tuning brings its own collators: what `__getitems__` gives must pass as a list of dicts."""
+    write_set(tmp_path, [[list(range(1, 40))]])
+    loader = build_loader(
+        TokenBlocks(tmp_path, 8), torch.utils.data.default_collate, micro_batch_size=2, seed=None
+    )
+    assert next(iter(loader))["input_ids"].tolist() == [list(range(1, 9)), list(range(9, 17))]
+
+
+def test_shards_open_with_datasets(tmp_path):
+    write_set(tmp_path, [[[1, 2], [3]], [[4]]])
+    rows = [[1, 2, END], [3, END], [4, END]]
+    one = datasets.Dataset.from_file(str(tmp_path / "train-00000.arrow"))
+    assert one["input_ids"][:] == rows[:2]
+    files = [str(tmp_path / f"train-0000{n}.arrow") for n in (0, 1)]
+    whole = datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert whole["input_ids"][:] == rows
+    streamed = datasets.load_dataset("arrow", data_files=files, split="train", streaming=True)
+    assert [row["input_ids"] for row in streamed] == rows
+
+
+def test_a_shard_is_one_batch_mapped_without_copying(tmp_path):
+    write_set(tmp_path, [[[1, 2, 3], [4]]])
+    before = os.path.getsize(tmp_path / "train-00000.arrow")
+    column = open_shard(tmp_path / "train-00000.arrow")
+    values = column.values.to_numpy(zero_copy_only=True)
+    assert values.tolist() == [1, 2, 3, END, 4, END]
+    assert not values.flags.owndata
+    assert before == read_manifest(tmp_path).shards[0].bytes
+
+
+def test_blocks_travel_to_another_process_without_their_maps(tmp_path):
+    write_set(tmp_path, [[list(range(1, 40))]])
+    blocks = TokenBlocks(tmp_path, 8)
+    first = blocks[0]["input_ids"]
+    content = pickle.dumps(blocks)
+    assert len(content) < 10_000
+    assert torch.equal(pickle.loads(content)[0]["input_ids"], first)
+
+
+def test_a_hundred_shards_of_a_hundred_million_tokens_open_in_under_a_second(tmp_path):
+    """Sparse files: opening must not depend on how much the shards hold."""
+    tokens = 100_000_000
+    entry = write_shard(
+        tmp_path / "train-00000.arrow", "train", np.zeros(tokens, np.uint16), np.array([0, tokens], np.int32)
+    )
+    with open(tmp_path / "train-00000.arrow", "rb") as file:
+        head = file.read(4096)
+        file.seek(-4096, os.SEEK_END)
+        tail = file.read()
+    entries = []
+    for number in range(100):
+        name = f"train-{number:05d}.arrow"
+        (tmp_path / name).unlink(missing_ok=True)
+        with open(tmp_path / name, "wb") as file:
+            file.write(head)
+            file.seek(entry.bytes - len(tail))
+            file.write(tail)
+        entries.append(ShardEntry("train", name, entry.bytes, entry.sha256, 1, tokens))
+    write_manifest(tmp_path, Manifest("test", "0" * 64, 100, END, "uint16", tuple(entries), {}))
+    started = time.perf_counter()
+    blocks = TokenBlocks(tmp_path, 1024)
+    assert blocks[len(blocks) - 1]["input_ids"].tolist() == [0] * 1024
+    assert time.perf_counter() - started < 1
+    assert len(blocks) == 100 * tokens // 1024
+
+
+# ---- damage
+
+
+@pytest.fixture
+def shard_set(tmp_path):
+    write_set(tmp_path, [[[1, 2, 3]], [[4, 5]]])
+    return tmp_path
+
+
+def test_a_directory_without_manifest_is_not_read(shard_set):
+    (shard_set / "manifest.json").unlink()
+    with pytest.raises(ShardError, match=r"manifest\.json is missing.*data\.prepare"):
+        TokenBlocks(shard_set, 2)
+
+
+def test_a_missing_shard_is_named(shard_set):
+    (shard_set / "train-00001.arrow").unlink()
+    with pytest.raises(ShardError, match=r"train-00001\.arrow is missing"):
+        TokenBlocks(shard_set, 2)
+
+
+def test_a_truncated_and_an_extra_shard_are_named_together(shard_set):
+    os.truncate(shard_set / "train-00000.arrow", 100)
+    (shard_set / "train-00009.arrow").write_bytes(b"")
+    with pytest.raises(
+        ShardError, match=r"train-00000\.arrow has 100 bytes instead.*train-00009\.arrow is not in"
+    ):
+        TokenBlocks(shard_set, 2)
+
+
+def test_a_flipped_bit_is_found_on_request(shard_set):
+    path = shard_set / "train-00001.arrow"
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    TokenBlocks(shard_set, 2)
+    with pytest.raises(ShardError, match=r"train-00001\.arrow is damaged"):
+        TokenBlocks(shard_set, 2, check_hashes=True)
+
+
+def test_a_file_of_the_right_size_that_is_no_shard_is_named(shard_set):
+    path = shard_set / "train-00000.arrow"
+    path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(ShardError, match=r"train-00000\.arrow is not a readable token shard"):
+        TokenBlocks(shard_set, 2)[0]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"format_version": 1}', '{"format_version": 1, "shards": [1]}']
+)
+def test_a_damaged_manifest_is_named(shard_set, content):
+    (shard_set / "manifest.json").write_text(content)
+    with pytest.raises(ShardError, match=r"manifest\.json is damaged"):
+        read_manifest(shard_set)
+
+
+def test_a_manifest_of_a_later_format_is_refused(shard_set):
+    fields = json.loads((shard_set / "manifest.json").read_text())
+    (shard_set / "manifest.json").write_text(json.dumps({**fields, "format_version": 2}))
+    with pytest.raises(ShardError, match="version 2; this code reads version 1"):
+        read_manifest(shard_set)
+
+
+def test_an_unknown_split_and_a_useless_block_size_are_refused(shard_set):
+    with pytest.raises(ValueError, match="no split 'test'; it has train"):
+        TokenBlocks(shard_set, 2, split="test")
+    with pytest.raises(ValueError, match="at least two tokens"):
+        TokenBlocks(shard_set, 1)
+
+
+def test_the_manifests_hash_is_that_of_its_file(shard_set):
+    assert read_manifest(shard_set).sha256 != ""
+    before = read_manifest(shard_set).sha256
+    with open(shard_set / "manifest.json", "a") as file:
+        file.write(" ")
+    assert read_manifest(shard_set).sha256 != before

@@ -1,0 +1,263 @@
+"""Every kind of source gives its documents in order, and says which file is wrong when one is."""
+
+import gzip
+import json
+import lzma
+import os
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from data.python_docs import extract, python_documents
+from data.sources import SourceError, SourceSpec, list_parts, read_documents
+
+TEXTS = ["The first room.", "Zweiter Raum: größer.", "第三の部屋"]
+
+
+def texts_of(source, counts=None, **settings):
+    return [document.text for document in read_documents(SourceSpec(str(source), **settings), counts)]
+
+
+def jsonl(texts=TEXTS, column="text"):
+    return "".join(
+        json.dumps({column: text, "other": 1}, ensure_ascii=False) + "\n" for text in texts
+    ).encode()
+
+
+WRITERS = {
+    "a.jsonl": lambda path: path.write_bytes(jsonl()),
+    "a.json": lambda path: path.write_bytes(jsonl()),
+    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(jsonl())),
+    "a.jsonl.xz": lambda path: path.write_bytes(lzma.compress(jsonl())),
+    "a.jsonl.zst": lambda path: path.write_bytes(zstandard.compress(jsonl())),
+    "a.JSONL.ZST": lambda path: path.write_bytes(zstandard.compress(jsonl())),
+    # Two frames one after the other, as parallel compressors write them.
+    "b.jsonl.zst": lambda path: path.write_bytes(
+        zstandard.compress(jsonl()[:20]) + zstandard.compress(jsonl()[20:])
+    ),
+    "a.parquet": lambda path: pa.parquet.write_table(pa.table({"n": [1, 2, 3], "text": TEXTS}), path),
+    "a.arrow": lambda path: write_arrow(path, pa.ipc.new_stream),
+    "b.arrow": lambda path: write_arrow(path, pa.ipc.new_file),
+}
+
+
+def write_arrow(path, opener):
+    table = pa.table({"n": [1, 2, 3], "text": TEXTS})
+    with opener(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_each_kind_of_file_gives_its_texts_in_order(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    assert texts_of(tmp_path / name) == TEXTS
+
+
+@pytest.mark.parametrize("suffix", ["txt", "md", "txt.gz"])
+def test_a_text_file_is_one_document(tmp_path, suffix):
+    content = "One file,\n\none document.\n"
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(gzip.compress(content.encode()) if suffix.endswith("gz") else content.encode())
+    assert texts_of(path) == [content]
+
+
+def test_folders_and_globs_read_their_files_sorted_by_name(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.txt", "a.txt", "sub/c.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "ignored.png").write_bytes(b"x")
+    assert texts_of(tmp_path) == ["a.txt", "b.txt", "sub/c.txt"]
+    assert texts_of(tmp_path / "?.txt") == ["a.txt", "b.txt"]
+    assert texts_of(str(tmp_path / "**" / "*.txt")) == ["a.txt", "b.txt", "sub/c.txt"]
+
+
+def test_object_stores_are_read_through_fsspec():
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/corpus/a.jsonl", jsonl())
+    assert texts_of("memory://corpus") == TEXTS
+
+
+def test_a_named_column_is_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(column="content"))
+    assert texts_of(tmp_path / "a.jsonl", text_column="content") == TEXTS
+
+
+def test_parts_depend_on_the_files_alone_and_cover_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.sources.PART_BYTES", 10)
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text("x" * (4 + number))
+    parts = list_parts(SourceSpec(str(tmp_path)))
+    assert [[os.path.basename(path)[0] for path in part.paths] for part in parts] == [
+        ["0", "1"],
+        ["2"],
+        ["3"],
+        ["4"],
+    ]
+    assert [part.bytes for part in parts] == [9, 6, 7, 8]
+
+
+# ---- bad input
+
+
+def test_a_source_that_does_not_exist_says_what_does(tmp_path):
+    with pytest.raises(SourceError, match=r"No source .*nothing.*python-docs.*hub:OWNER/NAME"):
+        texts_of(tmp_path / "nothing")
+
+
+def test_a_folder_without_readable_files_says_what_it_found(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    with pytest.raises(SourceError, match=r"1 files end in \.png; readable are \.txt"):
+        texts_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.arrow"])
+def test_a_missing_column_says_which_exist(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    with pytest.raises(SourceError, match=rf"{name}.* has no column 'body'; it has .*'text'"):
+        texts_of(tmp_path / name, text_column="body")
+
+
+def test_a_column_that_is_no_text_is_refused(tmp_path):
+    pa.parquet.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match="'text' holds int64, not text"):
+        texts_of(tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": ["bad"]}\n')
+    with pytest.raises(SourceError, match=r"a\.jsonl:2.*holds a list, not text"):
+        texts_of(tmp_path / "a.jsonl")
+
+
+def test_files_of_mixed_schemas_fail_at_the_one_that_differs(tmp_path):
+    pa.parquet.write_table(pa.table({"text": ["good"]}), tmp_path / "a.parquet")
+    pa.parquet.write_table(pa.table({"body": ["other"]}), tmp_path / "b.parquet")
+    with pytest.raises(SourceError, match=r"b\.parquet has no column 'text'; it has 'body'"):
+        texts_of(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["not json", "[1]", '"text"', '{"text": "cut'])
+def test_a_line_that_is_no_json_object_is_named(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + line)
+    with pytest.raises(SourceError, match=r"a\.jsonl:2"):
+        texts_of(tmp_path / "a.jsonl")
+
+
+def test_nulls_and_blanks_are_left_out_and_counted(tmp_path):
+    pa.parquet.write_table(pa.table({"text": ["one", None, "", " \n\t", "two"]}), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text('{"text": null}\n\n{"text": "three"}\n')
+    counts = Counter()
+    assert texts_of(tmp_path, counts) == ["one", "two", "three"]
+    assert counts == {"blank": 4}
+
+
+def test_invalid_utf8_is_repaired_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 noir")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    binary = pa.array([b"fine", b"caf\xe9"])
+    forged = pa.StringArray.from_buffers(2, *binary.buffers()[1:])  # Arrow does not look inside
+    with pa.ipc.new_stream(str(tmp_path / "c.arrow"), pa.schema({"text": pa.string()})) as writer:
+        writer.write_batch(pa.record_batch([forged], names=["text"]))
+    counts = Counter()
+    assert texts_of(tmp_path, counts) == ["caf\ufffd noir", "caf\ufffd", "fine", "caf\ufffd"]
+    assert counts == {"repaired": 3}
+
+
+def test_lone_surrogates_are_repaired_and_whole_pairs_kept(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
+    counts = Counter()
+    assert texts_of(tmp_path, counts) == ["a\ufffdb", "\U0001f600"]
+    assert counts == {"repaired": 1}
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.parquet", "a.arrow", "b.arrow"]
+)
+def test_a_truncated_file_is_named_and_never_read_as_if_whole(tmp_path, name):
+    path = tmp_path / name
+    WRITERS[name](path)
+    os.truncate(path, path.stat().st_size * 2 // 3)
+    with pytest.raises(SourceError, match=name.replace(".", r"\.")):
+        texts_of(path)
+
+
+def test_a_corrupt_parquet_footer_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    WRITERS["a.parquet"](path)
+    content = bytearray(path.read_bytes())
+    content[-30:-8] = b"\xff" * 22
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match=r"a\.parquet is not a whole Parquet file"):
+        texts_of(path)
+
+
+# ---- the documentation in this environment
+
+
+def test_docstrings_are_read_without_running_the_file(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(
+        '"""This module says in more than a dozen words what it is good for, and then stops."""\n'
+        "raise SystemExit('imported!')\n"
+        "class Lamp:\n"
+        "    def light(self, oil, *wicks, high=False):\n"
+        '        """Burn the oil with a steady flame until someone blows it out or it is used up."""\n'
+        "    def blow(self):\n"
+        '        """Too short."""\n'
+    )
+    assert extract(path) == [
+        "This module says in more than a dozen words what it is good for, and then stops.",
+        "Lamp.light(oil, *wicks, high)\n"
+        "Burn the oil with a steady flame until someone blows it out or it is used up.",
+    ]
+
+
+@pytest.mark.parametrize("content", [b"def broken(:\n'''x'''", b"\xff\xfe'''", b"'''" + b"(" * 5000])
+def test_a_file_that_does_not_parse_is_passed_over(tmp_path, content):
+    path = tmp_path / "module.py"
+    path.write_bytes(content)
+    assert extract(path) == []
+
+
+def small_environment(monkeypatch, tmp_path):
+    """A Python environment of three files instead of the real one, which takes half a minute to read."""
+    package = tmp_path / "site" / "lamps"
+    package.mkdir(parents=True)
+    words = "The lamp burns with a steady flame until its oil is used up or somebody blows it out at last."
+    (package / "a.py").write_text(f'"""{words}\n\nIt is lit by hand. {words.upper()} {words.title()}"""\n')
+    (package / "b.py").write_text((package / "a.py").read_text())
+    info = tmp_path / "site" / "lamps-1.0.dist-info"
+    info.mkdir()
+    badge = "[![badge](https://img.shields.io/x)](y)"
+    readme = f"# Lamps\n\n{badge}\n\nA package of lamps. {words} {words.lower()} {words}"
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: lamps\nVersion: 1.0\n\n{readme}\n")
+    library = tmp_path / "lib"
+    (library / "pydoc_data").mkdir(parents=True)
+    (library / "pydoc_data" / "topics.py").write_text(f"topics = {{'with': {3 * words!r}}}\n")
+    monkeypatch.setattr("data.python_docs.package_folders", lambda: [tmp_path / "site"])
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(library)})
+
+
+def test_the_environments_documentation_is_ordered_deduplicated_and_clean(monkeypatch, tmp_path):
+    small_environment(monkeypatch, tmp_path)
+    documents = dict(python_documents(processes=2))
+    assert list(documents) == ["help/with", "lamps/a.py", "lamps-1.0.dist-info/METADATA"] or list(
+        documents
+    ) == [
+        "help/with",
+        "lamps-1.0.dist-info/METADATA",
+        "lamps/a.py",
+    ]
+    assert "shields.io" not in documents["lamps-1.0.dist-info/METADATA"]
+    assert "A package of lamps." in documents["lamps-1.0.dist-info/METADATA"]
+    # However many processes read it, the order is the same.
+    assert list(python_documents(processes=3)) == list(documents.items())
+
+
+@pytest.mark.slow
+def test_this_environments_documentation_is_plenty_and_reads_as_prose():
+    texts = [text for _, text in python_documents()]
+    assert sum(map(len, texts)) > 8_000_000
+    assert len(set(texts)) == len(texts)

@@ -1,0 +1,213 @@
+"""Tokenizers: the fast encoder gives the slow one's ids, `<|endoftext|>` in a text is text, fingerprints
+hold.
+"""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from data.tokenizer import (
+    PIECE_CHARACTERS,
+    PROBE_TEXTS,
+    FastEncoder,
+    gpt2_tokenizer,
+    load_tokenizer,
+    split_long,
+    token_byte_lengths,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
+
+PROSE = [
+    "The corridor bends north. A cold draught smells of wet stone and old iron.",
+    "You stand before a door of black oak; its hinges weep rust.",
+    "Beyond it, something counts slowly in the dark: one, two, three.",
+    *PROBE_TEXTS,
+] * 5
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return gpt2_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def small():
+    return train_tokenizer(PROSE, 400)
+
+
+@functools.cache
+def plain_backend(tokenizer):
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.encode_special_tokens = True
+    return backend
+
+
+def reference_ids(tokenizer, text):
+    """Ids by the plain `tokenizers` engine, special tokens in the text being text."""
+    return plain_backend(tokenizer).encode(text, add_special_tokens=False).ids
+
+
+@functools.cache
+def fast_encoder(tokenizer):
+    return FastEncoder(tokenizer, threads=1)
+
+
+def test_gpt2_needs_no_network_and_knows_its_published_ids(gpt2):
+    assert len(gpt2) == 50_257
+    assert gpt2.eos_token_id == gpt2.bos_token_id == 50_256
+    # "Hello, I'm a language model," as in the examples of OpenAI's and Hugging Face's model cards.
+    assert gpt2("Hello, I'm a language model,").input_ids == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+
+
+def test_gpt2_falls_back_to_the_package_and_says_so(capsys, monkeypatch, gpt2):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # discard: nobody listens there
+    assert tokenizer_fingerprint(load_tokenizer("gpt2")) == tokenizer_fingerprint(gpt2)
+    assert "cannot be reached" in capsys.readouterr().out
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=200))
+def test_fast_ids_are_the_slow_ids_on_any_text(gpt2, small, text):
+    for tokenizer in (gpt2, small):
+        encoder = fast_encoder(tokenizer)
+        assert encoder.is_fast, encoder.why_slow
+        (ids,) = encoder.encode_batch([text])
+        assert ids.tolist() == reference_ids(tokenizer, text)
+        assert ids.dtype == np.uint16
+
+
+def test_a_literal_end_of_text_inside_a_document_is_text_in_both_encoders(small):
+    text = "before<|endoftext|>after"
+    fast = FastEncoder(small)
+    slow = FastEncoder(small)
+    slow.why_slow = "asked to be"
+    for encoder in (fast, slow):
+        (ids,) = encoder.encode_batch([text])
+        assert small.eos_token_id not in ids
+        assert small.decode(ids) == text
+
+
+@pytest.mark.parametrize("filler", ["word ", " ", "\n", "a", "日本語", "=", "\t \n", "don't 12 "])
+def test_an_enormous_document_gets_the_ids_of_the_whole_text(small, filler):
+    """A regular expression's stack overflows on a million blanks, and a cut in the wrong place changes
+    ids.
+    """
+    text = (filler * (3 * PIECE_CHARACTERS))[: 3 * PIECE_CHARACTERS] + " end"
+    many, one = FastEncoder(small, threads=2).encode_batch([text, "short"])
+    assert many.tolist() == reference_ids(small, text)
+    assert one.tolist() == reference_ids(small, "short")
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(alphabet="ab '\n.é1  ", max_size=120), limit=st.integers(2, 20))
+def test_pieces_join_to_the_text_and_to_its_ids(small, text, limit):
+    pieces = split_long(text, limit)
+    assert "".join(pieces) == text
+    assert [i for piece in pieces for i in reference_ids(small, piece)] == reference_ids(small, text)
+
+
+def test_a_trained_tokenizer_has_the_size_asked_for_and_ends_with_the_special_token(small):
+    assert len(small) == 400
+    assert small.eos_token_id == small.bos_token_id == 399
+    assert small.convert_ids_to_tokens(399) == "<|endoftext|>"
+    for text in PROSE:
+        assert small.decode(small(text).input_ids) == text
+
+
+def test_training_twice_gives_the_same_tokenizer(small):
+    assert tokenizer_fingerprint(train_tokenizer(PROSE, 400)) == tokenizer_fingerprint(small)
+
+
+def test_training_says_when_the_text_or_the_size_is_too_small():
+    with pytest.raises(ValueError, match="supplies only 2"):
+        train_tokenizer(["one line"], 4096)
+    with pytest.raises(ValueError, match="at least 257"):
+        train_tokenizer(PROSE, 100)
+
+
+def test_the_fingerprint_survives_saving_and_depends_on_merges(tmp_path, small, gpt2):
+    small.save_pretrained(tmp_path)
+    for load in (load_tokenizer, AutoTokenizer.from_pretrained):
+        assert tokenizer_fingerprint(load(str(tmp_path))) == tokenizer_fingerprint(small)
+    assert tokenizer_fingerprint(load_tokenizer(tmp_path / "tokenizer.json")) == tokenizer_fingerprint(small)
+    # Reformatting the file changes nothing; another order of merges does.
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec, indent=7, sort_keys=True))
+    assert tokenizer_fingerprint(load_tokenizer(tmp_path)) == tokenizer_fingerprint(small)
+    spec["model"]["merges"].reverse()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    assert tokenizer_fingerprint(load_tokenizer(tmp_path)) != tokenizer_fingerprint(small)
+    assert tokenizer_fingerprint(small) != tokenizer_fingerprint(gpt2)
+
+
+@pytest.mark.parametrize("text", [text for text in PROBE_TEXTS if "<|" not in text])
+def test_byte_lengths_add_up_to_the_bytes_of_the_text(small, gpt2, text):
+    for tokenizer in (small, gpt2):
+        lengths = token_byte_lengths(tokenizer)
+        assert lengths.shape == (len(tokenizer),)
+        assert lengths.dtype == np.int32
+        assert lengths[tokenizer.eos_token_id] == 0
+        assert lengths[tokenizer(text).input_ids].sum() == len(text.encode())
+
+
+def whole_words(**settings):
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", **settings)
+
+
+def test_byte_lengths_are_refused_where_ids_have_no_bytes():
+    tokenizer = whole_words()
+    tokenizer.add_tokens(["日本"])
+    with pytest.raises(ValueError, match="not byte-level"):
+        backend = Tokenizer(models.BPE(vocab={"日": 0}, merges=[]))
+        token_byte_lengths(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+def test_a_tokenizer_that_tiktoken_cannot_express_works_slowly_and_says_why(small):
+    normalising = Tokenizer.from_str(small.backend_tokenizer.to_str())
+    normalising.normalizer = normalizers.Lowercase()
+    cases = {
+        "WordLevel": whole_words(),
+        "normalises": PreTrainedTokenizerFast(tokenizer_object=normalising, eos_token="<|endoftext|>"),
+    }
+    for reason, tokenizer in cases.items():
+        encoder = FastEncoder(tokenizer)
+        assert not encoder.is_fast
+        assert reason in encoder.why_slow
+        (ids,) = encoder.encode_batch(["a b A"])
+        assert ids.tolist() == tokenizer("a b A", add_special_tokens=False).input_ids
+
+
+def large_tokenizer():
+    """More than 65,536 words: every pair of bytes is a merge."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [(a, b) for a in alphabet for b in alphabet]
+    vocab = {token: index for index, token in enumerate([*alphabet, *(a + b for a, b in pairs)])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    return tokenizer
+
+
+def test_ids_of_a_large_vocabulary_are_uint32():
+    tokenizer = large_tokenizer()
+    assert len(tokenizer) == 256 + 65_536 + 1
+    encoder = FastEncoder(tokenizer)
+    assert encoder.is_fast, encoder.why_slow
+    (ids,) = encoder.encode_batch(["zz top"])
+    assert ids.dtype == np.uint32
+    assert ids.tolist() == reference_ids(tokenizer, "zz top")
+
+
+def test_an_unknown_tokenizer_is_named(tmp_path):
+    with pytest.raises(ValueError, match="No tokenizer at"):
+        load_tokenizer(str(tmp_path / "nothing"))
