@@ -23,6 +23,7 @@ from data.prepare import PrepareSettings, prepare
 from data.shards import TokenBlocks
 from data.tokenizer import load_tokenizer, token_byte_lengths
 from evaluation.generation import generate_samples
+from evaluation.isolation import preserved_rng
 from evaluation.language_modeling import evaluate_loss
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
 from training.checkpoint import (
@@ -48,8 +49,9 @@ from training.settings import SettingsError, parse_settings, settings_as_yaml
 from training.weights import whole
 
 ROOT = Path(__file__).resolve().parent
-# Products of (rows x width) by (width x vocabulary) run at full speed when the vocabulary divides by this.
-VOCABULARY_MULTIPLE = 64
+VOCABULARY_MULTIPLE = (
+    64  # tensor cores run at full speed on (width x vocabulary) products that divide by this
+)
 
 Objective = Callable[[nn.Module, Mapping[str, Tensor], Tensor], Tensor]
 
@@ -62,20 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.argv[1:] if argv is None else argv,
             default_config=ROOT / "recipes" / "demo.yaml",
         )
-        with start_processes().main_process_first():
-            if not Path(settings.shards, "manifest.json").exists():
-                prepare(
-                    PrepareSettings(
-                        source=settings.source,
-                        output=settings.shards,
-                        tokenizer=settings.tokenizer,
-                        train_tokenizer=settings.train_tokenizer,
-                    )
-                )
-        tokenizer = load_tokenizer(Path(settings.shards, "tokenizer"))
-        train_set = TokenBlocks(settings.shards, settings.block_size)
-        eval_set = TokenBlocks(settings.shards, settings.block_size, split="validation")
-
+        tokenizer, train_set, eval_set = prepare_data(settings)
         set_seed(settings.seed)
         model = GPTScratchForCausalLM(
             GPTScratchConfig(
@@ -100,6 +89,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def prepare_data(settings: TrainSettings) -> tuple[PreTrainedTokenizerFast, TokenBlocks, TokenBlocks]:
+    """Tokenizer, training and validation blocks of the shards; the main process makes missing ones.
+
+    Raises:
+        SettingsError: if the source or the shards are not what they should be.
+    """
+    shards = Path(settings.shards)
+    try:
+        with start_processes().main_process_first():
+            if not (shards / "manifest.json").exists():
+                source, tokenizer_name = settings.source, settings.tokenizer
+                prepare(PrepareSettings(source, str(shards), tokenizer_name, settings.train_tokenizer))
+        tokenizer = load_tokenizer(shards / "tokenizer")
+        train_set = TokenBlocks(shards, settings.block_size)
+        return tokenizer, train_set, TokenBlocks(shards, settings.block_size, "validation")
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
 
 
 def train(
@@ -147,8 +155,8 @@ def train(
     export_dir = run_dir / "export"
     if state.step >= settings.max_steps and export_dir.exists():
         journal.say(
-            f"The run in {run_dir} is complete ({state.step:,} steps). For a new run choose another --run_dir; "
-            f"to train this one for longer, a higher --max_steps with --allow_change.\n{how_to_load(export_dir)}"
+            f"The run in {run_dir} is complete ({state.step:,} steps). For a new run give another --run_dir; "
+            f"to train this one on, a higher --max_steps and --allow_change.\n{how_to_load(export_dir)}"
         )
         return state
     journal.say(f"{chosen}\n{parameters:,} parameters; {describe_batch(settings, world_size)}.")
@@ -165,7 +173,9 @@ def train(
         world_size=world_size,
     )
     first_micro_batch = state.step * accumulation * world_size
-    micro_batches = iter(loader(train_set, seed=settings.seed, start_batch=first_micro_batch))
+    with preserved_rng():  # an iterator of DataLoader draws a number that nobody uses
+        micro_batches = iter(loader(train_set, seed=settings.seed, start_batch=first_micro_batch))
+    eval_batches = -(-settings.eval_tokens // (settings.micro_batch_size * settings.block_size))
     token_bytes = torch.from_numpy(token_byte_lengths(tokenizer))
     prompts, sampling = (
         settings.sample_prompts,
@@ -203,8 +213,8 @@ def train(
             journal.add(state, learning_rate, loss, gradient_norm, is_skipped)
 
             agreed = interruptions.agree(alarm=writer.cannot_go_on())
-            stop = agreed.stop
             is_last = state.step == settings.max_steps
+            stop = "" if is_last else agreed.stop
             evaluates = is_last or state.step % settings.eval_every_steps == 0
             samples = is_last or state.step % settings.sample_every_steps == 0
             saves = is_last or bool(stop) or agreed.save or state.step % settings.save_every_steps == 0
@@ -213,7 +223,7 @@ def train(
             if evaluates:
                 validation = loader(eval_set, seed=None)
                 result = evaluate_loss(
-                    model, validation, accelerator, token_bytes=token_bytes, max_batches=settings.eval_batches
+                    model, validation, accelerator, token_bytes=token_bytes, max_batches=eval_batches
                 )
                 journal.validation(state, result.loss, result.bits_per_byte)
             if samples:
@@ -227,8 +237,8 @@ def train(
         on_main_process(accelerator, writer.finish)
     journal.close()
     journal.event("stopped" if stop else "finished", step=state.step, reason=stop)
+    interruptions.forget_stop_file()
     if stop:
-        interruptions.forget_stop_file()
         journal.say(
             f"Stopped after step {state.step:,}: {stop}. The same command goes on from its checkpoint."
         )

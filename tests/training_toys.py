@@ -24,7 +24,7 @@ TOY_SETTINGS = {
     "warmup_steps": 2,
     "learning_rate": 3e-3,
     "eval_every_steps": 6,
-    "eval_batches": 2,
+    "eval_tokens": 256,
     "sample_every_steps": 12,
     "sample_tokens": 4,
     "save_every_steps": 4,
@@ -36,10 +36,10 @@ TOY_SETTINGS = {
 }
 
 
-def write_toy_shards(folder: Path) -> Path:
+def write_toy_shards(folder: Path, seed: int = 0) -> Path:
     """Shards of some hundred made-up sentences with a tokenizer trained on them."""
-    words = "the a model token learns reads writes dungeon loss step of and quickly never small deep".split()
-    randomness = random.Random(0)
+    words = ["the", "model", "token", "learns", "reads", "dungeon", "loss", "step", "and", "never", "deep"]
+    randomness = random.Random(seed)
     lines = []
     for _ in range(400):
         text = " ".join(randomness.choices(words, k=randomness.randint(10, 60)))
@@ -63,17 +63,12 @@ def environment() -> dict[str, str]:
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))
     }
-    return {
-        **kept,
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**kept, **quiet, "PYTHONPATH": str(ROOT)}
 
 
 def train_command(*launch: str, **settings) -> list[str]:
-    """A command line that trains: with `accelerate launch` and its flags if there are any, else plain Python."""
+    """A command line that trains: through `accelerate launch` if `launch` has flags for it, else without."""
     launcher = [sys.executable]
     if launch:
         launcher += ["-m", "accelerate.commands.launch", *launch]

@@ -340,7 +340,7 @@ def checkpoint_to_resume(run_dir: Path, warn: Callable[[str], None]) -> Path | N
         if STEP_FOLDER.fullmatch(path.name) and not (path / MARKER).exists():
             aside = _set_aside(path, "incomplete")
             warn(
-                f"Checkpoint {path.name} has no {MARKER} marker, so it is unfinished; set aside as {aside.name}."
+                f"Checkpoint {path.name} has no {MARKER} marker, so it is unfinished; it is now {aside.name}."
             )
     while (newest := latest_checkpoint(run_dir)) is not None:
         problems = verify_checkpoint(newest)

@@ -26,7 +26,7 @@ class Choice:
 
 
 def start_processes() -> PartialState:
-    """Meet the other processes of this run, if a launcher started several; call before anything else of Accelerate.
+    """Meet the other processes of this run, if there are any. Call it before the rest of Accelerate.
 
     Accelerate starts CPU processes as it starts GPU ones, but joins them only when told that this is the CPU.
     """

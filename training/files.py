@@ -107,7 +107,7 @@ def explain_write_error(error: OSError, what: str, folder: Path) -> str:
     free = shutil.disk_usage(existing).free
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        advice = f"{free / 2**20:,.0f} MiB are free there; make room (or raise the limit) and run the same command again"
+        advice = f"{free / 2**20:,.0f} MiB are free there; make room (or raise the limit) and run it again"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         advice = "make the folder writable or choose another --run_dir"
     else:

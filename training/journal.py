@@ -21,7 +21,7 @@ from training.throughput import Progress, Stopwatch
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step. `numbers`, float32 (3,) on the device: loss, gradient norm, 1 where the update was skipped."""
+    """One step. `numbers`, float32 (3,) on the device: loss, gradient norm, 1 if the update was skipped."""
 
     step: int
     tokens: int

@@ -19,7 +19,7 @@ def count_targets(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def language_modeling_loss(model: nn.Module, batch: Mapping[str, Tensor], num_targets: Tensor) -> Tensor:
-    """This micro-batch's share of the step's loss: its summed cross-entropy / targets of the whole step, nats.
+    """This micro-batch's share of the step's loss: its summed cross-entropy / the whole step's targets, nats.
 
     `num_targets` counts over all micro-batches and processes of the step, so the shares add up to the loss of
     the whole batch, however it was cut. The model owns the label shift.

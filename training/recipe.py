@@ -77,8 +77,8 @@ class TrainSettings:
     )
     # Looking at the model
     eval_every_steps: int = setting(250, "time between validations; one also at the end", "steps", at_least=1)
-    eval_batches: int = setting(
-        160, "micro-batches of a validation, over all processes", "micro-batches", at_least=1
+    eval_tokens: int = setting(
+        5_242_880, "length of a validation over all processes, or the whole set", "tokens", at_least=1
     )
     sample_every_steps: int = setting(1000, "time between samples; also at the end", "steps", at_least=1)
     sample_prompts: tuple[str, ...] = setting(("The",), "beginnings that the model continues")
@@ -153,8 +153,9 @@ def _does_not_divide(wanted: int, micro_batch_size: int, block_size: int, num_pr
 
 def describe_batch(settings: TrainSettings, num_processes: int) -> str:
     """How a step's batch comes about, for the line at the start."""
+    processes = f"{num_processes} process{'es' if num_processes > 1 else ''}"
     return (
         f"{settings.max_steps:,} steps of {settings.batch_tokens:,} tokens = "
         f"{micro_batches_per_process(settings, num_processes)} micro-batches x "
-        f"{settings.micro_batch_size} rows x {settings.block_size} tokens x {num_processes} process{'es' if num_processes > 1 else ''}"
+        f"{settings.micro_batch_size} rows x {settings.block_size} tokens x {processes}"
     )

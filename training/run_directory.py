@@ -139,7 +139,7 @@ class RunDirectory:
             return [f"what it was started with cannot be read ({type(error).__name__}: {error})"]
         if recorded_data != data_fingerprint:
             problems.append(
-                f"training data: {recorded_data[:12]} then, {data_fingerprint[:12]} now (hash of tokenizer and shards)"
+                f"training data: {recorded_data[:12]} then, {data_fingerprint[:12]} now (hash of the shards)"
             )
         return problems
 

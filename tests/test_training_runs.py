@@ -1,0 +1,261 @@
+"""Whole runs of a toy model: in this process where one is enough, else through `accelerate launch`."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from training_toys import (
+    ROOT,
+    VOCABULARY,
+    as_flags,
+    environment,
+    metrics_of,
+    run_training,
+    train_command,
+    write_toy_shards,
+)
+from training_toys import TOY_SETTINGS as TOY
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from train_accelerate import main
+from training.checkpoint import complete_checkpoints, latest_checkpoint
+
+CONFIGS = ROOT / "accelerate_configs"
+
+
+def train_here(**settings) -> None:
+    """A run in this process, as if it were a new one."""
+    try:
+        main(as_flags({**TOY, **settings}))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def files_below(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bit for bit: weights, optimizer state and metrics."""
+    ends = [latest_checkpoint(run) for run in (one, other)]
+    assert ends[0].name == ends[1].name
+    for name in ("model.safetensors", "optimizer.safetensors", "random_states.safetensors"):
+        assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes(), name
+    assert metrics_of(one) == metrics_of(other)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_toy_shards(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory):
+    """An undisturbed run; tests that change it take a copy."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train_here(shards=shards, run_dir=run)
+    return run
+
+
+@pytest.fixture
+def copy_of_finished(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_a_run_leaves_a_line_per_step_and_learns(finished):
+    lines = metrics_of(finished)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert [line["tokens"] for line in steps] == [256 * step for step in range(1, 13)]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
+    validations = [line for line in lines if "validation_loss" in line]
+    assert [line["step"] for line in validations] == [6, 12]
+    assert validations[1]["validation_loss"] < validations[0]["validation_loss"]
+    assert 0 < validations[1]["bits_per_byte"] < 8
+
+
+def test_the_export_has_the_tokenizers_vocabulary_and_the_same_logits(finished):
+    checkpoint, export = latest_checkpoint(finished), finished / "export"
+    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (checkpoint, export)]
+    assert models[0].config.vocab_size == 320  # 300 padded to a multiple of 64
+    assert models[1].config.vocab_size == VOCABULARY == len(AutoTokenizer.from_pretrained(export))
+    input_ids = torch.arange(20)[None]
+    with torch.no_grad():
+        padded, trimmed = (model(input_ids).logits for model in models)
+    assert torch.equal(padded[..., :VOCABULARY], trimmed)
+
+
+def test_the_export_works_in_a_fresh_process_without_our_repository(finished, tmp_path):
+    code = (
+        "from transformers import pipeline; import sys;"
+        "write = pipeline('text-generation', model=sys.argv[1], trust_remote_code=True);"
+        "print(len(write('The model', max_new_tokens=5)[0]['generated_text']))"
+    )
+    export = shutil.copytree(finished / "export", tmp_path / "elsewhere")
+    clean = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    clean["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(export)], env=clean, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) > len("The model")
+
+
+def test_running_again_says_that_the_run_is_complete_and_touches_nothing(copy_of_finished, shards, capsys):
+    before = files_below(copy_of_finished / "checkpoints") | files_below(copy_of_finished / "export")
+    metrics = (copy_of_finished / "metrics.jsonl").read_bytes()
+    train_here(shards=shards, run_dir=copy_of_finished)
+    text = capsys.readouterr().out
+    assert "is complete (12 steps)" in text and "another --run_dir" in text
+    assert f'pipeline("text-generation", model="{copy_of_finished}/export"' in text
+    assert files_below(copy_of_finished / "checkpoints") | files_below(copy_of_finished / "export") == before
+    assert (copy_of_finished / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_changed_settings_and_data_are_refused_by_name(copy_of_finished, shards, tmp_path, capsys):
+    other = write_toy_shards(tmp_path / "other", seed=1)
+    with pytest.raises(SystemExit) as caught:
+        train_here(shards=other, run_dir=copy_of_finished, n_layer=3, seed=5, micro_batch_size=2)
+    assert caught.value.code == 1
+    text = capsys.readouterr().err
+    assert "n_layer: 2 then, 3 now" in text and "seed: 1337 then, 5 now" in text
+    assert "training data: " in text and "--allow_change" in text
+    assert "micro_batch_size" not in text  # the same batches in smaller pieces
+
+
+def test_a_finished_run_goes_on_with_more_steps_when_told_to(copy_of_finished, shards, capsys):
+    train_here(shards=shards, run_dir=copy_of_finished, max_steps=14, allow_change="true")
+    assert latest_checkpoint(copy_of_finished).name == "step-0000014"
+    assert (copy_of_finished / "export-previous-1" / "config.json").exists()
+    assert "Going on from step 12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["another folder", "a file", "below a file"])
+def test_a_run_directory_that_is_none_is_refused(shards, tmp_path, capsys, kind):
+    (tmp_path / "notes.txt").write_text("mine")
+    run_dir = {"another folder": tmp_path, "a file": tmp_path / "notes.txt"}.get(
+        kind, tmp_path / "notes.txt" / "run"
+    )
+    with pytest.raises(SystemExit):
+        train_here(shards=shards, run_dir=run_dir)
+    assert str(run_dir) in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_stopped_after_every_step_matches_an_unbroken_run_bit_for_bit(
+    finished, shards, tmp_path, capsys
+):
+    """With dropout, so that lost random states would show."""
+    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    train_here(shards=shards, run_dir=unbroken, dropout=0.2, max_steps=6)
+    for step in range(1, 7):
+        train_here(shards=shards, run_dir=broken, dropout=0.2, max_steps=6, max_minutes=1e-9)
+        assert step == 6 or f"Stopped after step {step}: max_minutes is over" in capsys.readouterr().out
+    assert_same_run(broken, unbroken)
+    assert (broken / "export" / "model.safetensors").exists()
+
+
+def test_smaller_micro_batches_take_the_same_steps(finished, shards, tmp_path):
+    run = tmp_path / "run"
+    train_here(shards=shards, run_dir=run, micro_batch_size=1)
+    for one, other in zip(metrics_of(finished), metrics_of(run), strict=True):
+        # Validation sums in float64 over other micro-batches; training in float32 in another order.
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_two_processes_take_the_same_steps_as_one(finished, shards, tmp_path):
+    """Through ddp.yaml, which without GPUs starts gloo processes."""
+    run = tmp_path / "run"
+    launch = ["--config_file", str(CONFIGS / "ddp.yaml"), "--num_processes", "2", "--main_process_port", "0"]
+    done = run_training(*launch, shards=shards, run_dir=run)
+    assert "2 processes (MULTI_CPU)" in done.stdout
+    assert done.stdout.count("A new run in") == 1
+    for one, other in zip(metrics_of(finished), metrics_of(run), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)  # float32 sums in another order
+    weights = [load_file(folder / "export" / "model.safetensors") for folder in (finished, run)]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", ["cpu", "single_gpu"])
+def test_the_yaml_of_one_process_launches(shards, tmp_path, config):
+    launch = ["--config_file", str(CONFIGS / f"{config}.yaml")]
+    done = run_training(*launch, shards=shards, run_dir=tmp_path / "run", max_steps=2)
+    assert "1 process (NO)" in done.stdout
+    assert "The model is in" in done.stdout
+
+
+def test_every_key_of_the_launcher_files_has_a_comment():
+    for path in CONFIGS.glob("*.yaml"):
+        lines = path.read_text().splitlines()
+        assert lines[0].startswith("# "), path
+        assert sum(line.startswith("#") for line in lines) * 2 >= sum(":" in line for line in lines) / 2, path
+
+
+def test_a_full_disk_during_export_is_said_and_loses_nothing(copy_of_finished, shards):
+    """The kernel refuses to let a file grow beyond a limit, as a full disk would."""
+    shutil.rmtree(copy_of_finished / "export")
+    before = files_below(copy_of_finished / "checkpoints")
+
+    def no_large_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))
+
+    command = train_command(shards=shards, run_dir=copy_of_finished)
+    full = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, preexec_fn=no_large_files
+    )
+    assert full.returncode == 1
+    assert f"error: The export could not be written to {copy_of_finished / 'export'}" in full.stderr
+    assert "make room" in full.stderr and "Traceback" not in full.stderr
+    assert not (copy_of_finished / "export").exists()
+    assert not list(copy_of_finished.glob(".tmp*"))
+    assert files_below(copy_of_finished / "checkpoints") == before
+    train_here(shards=shards, run_dir=copy_of_finished)
+    assert (copy_of_finished / "export" / "model.safetensors").exists()
+
+
+def test_a_second_run_in_the_same_directory_is_refused(copy_of_finished, shards):
+    """The first one holds the folder's lock, as a run in progress does."""
+    import fcntl
+
+    with open(copy_of_finished / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit):
+            train_here(shards=shards, run_dir=copy_of_finished)
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(shards, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train_here(shards=shards, run_dir=tmp_path / "run", batch_tokens=224)
+    assert "batch_tokens=224 is not a multiple of 128" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_corpus_smaller_than_a_block_is_refused(shards, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train_here(shards=shards, run_dir=tmp_path / "run", block_size=131_072, batch_tokens=524_288)
+    assert "less than one block" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_are_pruned_by_what_is_to_be_kept(shards, tmp_path):
+    run = tmp_path / "run"
+    train_here(
+        shards=shards, run_dir=run, save_every_steps=1, keep_last=2, keep_every_steps=5, keep_best="false",
+        eval_every_steps=100, max_steps=9,
+    )  # fmt: skip
+    assert list(complete_checkpoints(run)) == [5, 8, 9]
+    for path in (run / "checkpoints").iterdir():
+        assert json.loads((path / "COMPLETE").read_text())["files"].keys() == set(os.listdir(path)) - {
+            "COMPLETE"
+        }

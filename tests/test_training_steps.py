@@ -1,0 +1,108 @@
+"""The parts of a step, each alone: rate, decay, counting, the guard."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from training.guard import StepGuard
+from training.objective import count_targets, language_modeling_loss
+from training.optimizer import build_optimizer
+from training.recipe import TrainSettings
+from training.schedule import learning_rate_at
+
+
+@pytest.fixture
+def accelerator():
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def toy_gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=61, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    return GPT2LMHeadModel(config)
+
+
+def test_the_rate_rises_linearly_and_ends_at_its_final_part():
+    settings = TrainSettings(learning_rate=1.0, final_learning_rate_ratio=0.1, warmup_steps=10, max_steps=110)
+    rates = [learning_rate_at(step, settings) for step in range(110)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10] == 1.0 and rates[109] == pytest.approx(0.1)
+    assert all(later <= earlier for earlier, later in pairwise(rates[9:]))
+    middle = 10 + 99 // 2
+    assert rates[middle] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (middle - 10) / 99)))
+    no_warmup = TrainSettings(learning_rate=1.0, warmup_steps=0, max_steps=1)
+    assert learning_rate_at(0, no_warmup) == 1.0
+
+
+def test_matrices_decay_and_vectors_do_not():
+    model = toy_gpt2()
+    decayed, kept = build_optimizer(model, TrainSettings(weight_decay=0.1)).param_groups
+    assert decayed["weight_decay"] == 0.1 and all(p.dim() >= 2 for p in decayed["params"])
+    assert kept["weight_decay"] == 0.0 and all(p.dim() < 2 for p in kept["params"])
+    assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
+
+
+def test_the_first_label_of_a_row_and_masked_ones_are_no_targets():
+    labels = torch.tensor([[1, 2, 3, 4], [-100, 5, -100, 6], [-100, -100, -100, -100]])
+    assert count_targets({"labels": labels}).item() == 3 + 2 + 0
+
+
+def test_two_half_batches_take_the_same_step_as_one_whole_batch():
+    """Also when one half has many more targets than the other: a mean of means would weigh them alike."""
+    torch.manual_seed(1)
+    input_ids = torch.randint(61, (4, 16))
+    labels = input_ids.clone()
+    labels[:2, 3:] = -100
+    whole, halves = toy_gpt2(), toy_gpt2()
+    batch = {"input_ids": input_ids, "labels": labels}
+    language_modeling_loss(whole, batch, count_targets(batch)).backward()
+    for half in (slice(0, 2), slice(2, 4)):
+        part = {name: tensor[half] for name, tensor in batch.items()}
+        language_modeling_loss(halves, part, count_targets(batch)).backward()
+    for one, other in zip(whole.parameters(), halves.parameters(), strict=True):
+        # Sums in another order, in float32.
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_non_finite_step_leaves_weights_moments_and_counts_alone(accelerator, where):
+    model = nn.Linear(3, 2)
+    optimizer = accelerator.prepare(build_optimizer(model, TrainSettings()))
+    guard = StepGuard(accelerator.device)
+
+    def step(spoil: bool) -> float:
+        loss = model(torch.ones(1, 3)).square().sum()
+        loss.backward()
+        norm = torch.tensor(1.0)
+        if spoil and where == "gradient":
+            model.weight.grad[0, 0] = float("nan")
+            norm = torch.tensor(float("nan"))
+        if spoil and where == "loss":
+            loss = loss * float("inf")
+        skipped = guard.check(optimizer, loss.detach(), norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return skipped.item()
+
+    def everything() -> list[torch.Tensor]:
+        states = optimizer.optimizer.state
+        moments = [value for p in model.parameters() for value in states[p].values()]
+        return [tensor.detach().clone() for tensor in [*model.parameters(), *moments]]
+
+    assert step(spoil=False) == 0.0
+    before = everything()
+    assert step(spoil=True) == 1.0 and step(spoil=True) == 1.0
+    assert all(torch.equal(one, other) for one, other in zip(before, everything(), strict=True))
+    assert guard.read() == (2, 2)
+    assert step(spoil=False) == 0.0
+    assert not torch.equal(before[0], model.weight)
+    assert guard.read() == (2, 0)
