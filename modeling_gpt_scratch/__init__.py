@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_gpt_scratch import PRESETS, GPTScratchConfig
 from .modeling_gpt_scratch import (
@@ -34,6 +35,10 @@ for auto_class, model_class in (
 ):
     auto_class.register(GPTScratchConfig, model_class, exist_ok=True)
     model_class.register_for_auto_class(auto_class.__name__)
+
+# transformers.Trainer shifts the labels, under label smoothing, only for the classes on this list; a model that
+# is not on it would learn to copy its input.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gpt_scratch"] = "GPTScratchForCausalLM"
 
 
 def _from_gpt2(cls, source, **kwargs) -> GPTScratchForCausalLM:

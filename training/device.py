@@ -12,6 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
 
 from training.recipe import TrainSettings
 from training.settings import SettingsError
+from training.trackers import check_trackers
 
 # Below this, compiling on a CPU (about a minute) costs more than it brings.
 CPU_COMPILE_MINIMUM_FLOPS = 1e15
@@ -47,7 +48,10 @@ def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, str]:
     Raises:
         SettingsError: if the device cannot do what the settings ask for.
     """
+    check_trackers(settings.log_with)
     device = start_processes().device
+    if device.type == "cpu":
+        torch.set_num_threads(settings.cpu_threads or _cores_per_process())
     precision = choose_precision(device, settings.mixed_precision)
     compilation = choose_compilation(device, settings)
     dynamo = None
@@ -65,6 +69,8 @@ def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, str]:
         cpu=_runs_on_cpu(),
         mixed_precision=precision.value,
         gradient_accumulation_steps=1,
+        log_with=list(settings.log_with) or None,
+        project_dir=settings.run_dir,
         dynamo_plugin=dynamo,
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
@@ -134,6 +140,15 @@ def _cpu_has_bfloat16() -> bool:
     except OSError:
         return False
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def _cores_per_process() -> int:
+    """This process's share of the cores that it may run on.
+
+    `accelerate launch` leaves OMP_NUM_THREADS at 1 for a single process, so half of a laptop would idle.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _name_of(device: torch.device) -> str:

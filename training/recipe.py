@@ -69,6 +69,9 @@ class TrainSettings:
         "torch.compile: the model whole, or block by block",
         choices=("auto", "none", "whole", "regional"),
     )
+    cpu_threads: int = setting(
+        0, "threads of a process on the CPU; 0 shares the cores among the processes", "threads", at_least=0
+    )
     activation_checkpointing: bool = setting(
         False, "recompute activations in the backward: slower, far less memory"
     )
