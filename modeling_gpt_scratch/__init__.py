@@ -36,7 +36,7 @@ for auto_class, model_class in (
     auto_class.register(GPTScratchConfig, model_class, exist_ok=True)
     model_class.register_for_auto_class(auto_class.__name__)
 
-# transformers.Trainer shifts the labels, under label smoothing, only for the classes on this list; a model that
+# transformers.Trainer shifts the labels, under label smoothing, only for classes on this list; a model that
 # is not on it would learn to copy its input.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gpt_scratch"] = "GPTScratchForCausalLM"
 
