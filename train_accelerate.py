@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from data.loader import build_loader, collate_blocks
 from data.prepare import PrepareSettings, prepare
+from data.provenance import describe_rows
 from data.shards import TokenBlocks
 from data.tokenizer import load_tokenizer, token_byte_lengths
 from evaluation.generation import generate_samples
@@ -49,9 +50,8 @@ from training.settings import SettingsError, parse_settings, settings_as_yaml
 from training.weights import whole
 
 ROOT = Path(__file__).resolve().parent
-VOCABULARY_MULTIPLE = (
-    64  # tensor cores run at full speed on (width x vocabulary) products that divide by this
-)
+# Products with the vocabulary run at full speed on tensor cores when it divides by this.
+VOCABULARY_MULTIPLE = 64
 
 Objective = Callable[[nn.Module, Mapping[str, Tensor], Tensor], Tensor]
 
@@ -59,11 +59,7 @@ Objective = Callable[[nn.Module, Mapping[str, Tensor], Tensor], Tensor]
 def main(argv: Sequence[str] | None = None) -> None:
     """Shards, tokenizer and a fresh model from the settings; then the loop."""
     try:
-        settings = parse_settings(
-            TrainSettings,
-            sys.argv[1:] if argv is None else argv,
-            default_config=ROOT / "recipes" / "demo.yaml",
-        )
+        settings = parse_settings(TrainSettings, argv, default_config=ROOT / "recipes" / "demo.yaml")
         tokenizer, train_set, eval_set = prepare_data(settings)
         set_seed(settings.seed)
         model = GPTScratchForCausalLM(
@@ -137,9 +133,8 @@ def train(
     on_main_process(accelerator, lambda: checkpoint_to_resume(run_dir, warn=print))  # sets damaged ones aside
     resumed_from = latest_checkpoint(run_dir)
 
-    companions = pretrained_companions(model, tokenizer) | {
-        "settings.yaml": settings_as_yaml(settings).encode()
-    }
+    companions = pretrained_companions(model, tokenizer)
+    companions["settings.yaml"] = settings_as_yaml(settings).encode()
     parameters = model.num_parameters()
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -151,7 +146,8 @@ def train(
         run.continue_metrics(state.step)
 
     guard = StepGuard(device, state.skipped_steps, state.skipped_in_a_row)
-    journal = Journal(accelerator, run, guard, state, settings)
+    rows_in_words = partial(describe_rows, train_set, settings.seed)
+    journal = Journal(accelerator, run, guard, state, settings, rows_in_words)
     export_dir = run_dir / "export"
     if state.step >= settings.max_steps and export_dir.exists():
         journal.say(
@@ -161,26 +157,18 @@ def train(
         return state
     journal.say(f"{chosen}\n{parameters:,} parameters; {describe_batch(settings, world_size)}.")
     journal.say(
-        f"Going on from step {state.step:,} in {run_dir}." if resumed_from else f"A new run in {run_dir}."
+        f"Going on from step {state.step:,} in {run_dir}." if state.step else f"A new run in {run_dir}."
     )
     journal.event("resumed" if resumed_from else "started", step=state.step, processes=world_size)
 
-    loader = partial(
-        build_loader,
-        collate=collate,
-        micro_batch_size=settings.micro_batch_size,
-        rank=rank,
-        world_size=world_size,
-    )
+    rows = settings.micro_batch_size
+    loader = partial(build_loader, collate=collate, micro_batch_size=rows, rank=rank, world_size=world_size)
     first_micro_batch = state.step * accumulation * world_size
     with preserved_rng():  # an iterator of DataLoader draws a number that nobody uses
         micro_batches = iter(loader(train_set, seed=settings.seed, start_batch=first_micro_batch))
     eval_batches = -(-settings.eval_tokens // (settings.micro_batch_size * settings.block_size))
     token_bytes = torch.from_numpy(token_byte_lengths(tokenizer))
-    prompts, sampling = (
-        settings.sample_prompts,
-        {"max_new_tokens": settings.sample_tokens, "seed": settings.seed},
-    )
+    prompts, sampling = settings.sample_prompts, {"max_new_tokens": settings.sample_tokens, "seed": 0}
     keep = Keep(settings.keep_last, settings.keep_every_steps, settings.keep_best)
     writer = BackgroundWriter(warn=journal.say)
     interruptions = Interruptions(
@@ -195,22 +183,23 @@ def train(
             model.train()
             batches = [to_device(batch, device) for batch in islice(micro_batches, accumulation)]
             num_targets = accelerator.reduce(sum(map(count_targets, batches)), "sum").clamp(min=1)
-            loss = torch.zeros((), device=device)
+            shares = []  # of the step's loss, by micro-batch
             for number, batch in enumerate(batches, start=1):
                 # Gradients travel between processes once a step, with the last micro-batch.
                 with nullcontext() if number == accumulation else accelerator.no_sync(model):
                     share = objective(model, batch, num_targets)
                     # Data parallelism averages gradients over processes; these shares are to be added up.
                     accelerator.backward(share * world_size)
-                loss += share.detach()
-            loss = accelerator.reduce(loss, "sum")
+                shares.append(share.detach())
+            all_shares = torch.stack(shares)  # (accumulation,)
+            loss = accelerator.reduce(all_shares.sum(), "sum")
             gradient_norm = whole(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
             is_skipped = guard.check(optimizer, loss, gradient_norm)
             optimizer.step()
             optimizer.zero_grad()
             state.step += 1
             state.tokens += settings.batch_tokens
-            journal.add(state, learning_rate, loss, gradient_norm, is_skipped)
+            journal.add(state, learning_rate, loss, gradient_norm, is_skipped, all_shares)
 
             agreed = interruptions.agree(alarm=writer.cannot_go_on())
             is_last = state.step == settings.max_steps

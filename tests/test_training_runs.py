@@ -17,6 +17,7 @@ from training_toys import (
     VOCABULARY,
     as_flags,
     environment,
+    free_port,
     metrics_of,
     run_training,
     train_command,
@@ -259,3 +260,67 @@ def test_checkpoints_are_pruned_by_what_is_to_be_kept(shards, tmp_path):
         assert json.loads((path / "COMPLETE").read_text())["files"].keys() == set(os.listdir(path)) - {
             "COMPLETE"
         }
+
+
+@pytest.mark.slow
+def test_a_sharded_run_stops_resumes_and_ends_like_an_unsharded_one(finished, shards, tmp_path):
+    """FSDP2 through fsdp2.yaml, on gloo: every parameter really is a DTensor (tests/fsdp2_on_cpu.py).
+
+    After sampling, FSDP2 leaves the embeddings gathered; a checkpoint taken then once lacked their moments.
+    """
+    run = tmp_path / "run"
+    launch = [
+        "--config_file",
+        str(CONFIGS / "fsdp2.yaml"),
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
+    script = ROOT / "tests" / "fsdp2_on_cpu.py"
+    first = run_training(
+        *launch, script=script, shards=shards, run_dir=run, max_minutes=1e-9, sample_every_steps=1
+    )
+    assert first.stdout.count("every parameter is a DTensor") == 2 and "Stopped after step 1" in first.stdout
+    second = run_training(*launch, script=script, shards=shards, run_dir=run)
+    assert "2 processes (FSDP)" in second.stdout and "Going on from step 1" in second.stdout
+    for one, other in zip(metrics_of(finished), metrics_of(run), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)  # float32 sums in another order
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        one, other = (load_file(latest_checkpoint(folder) / name) for folder in (finished, run))
+        assert one.keys() == other.keys()
+        for key in one:
+            torch.testing.assert_close(one[key], other[key], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_machines_on_loopback_take_the_same_steps_as_one(finished, shards, tmp_path):
+    run, port = tmp_path / "run", str(free_port())
+    machines = []
+    for rank in ("0", "1"):
+        launch = [
+            "--config_file",
+            str(CONFIGS / "multi_node.yaml"),
+            "--num_processes",
+            "2",
+            "--machine_rank",
+            rank,
+        ]
+        command = train_command(*launch, "--main_process_port", port, shards=shards, run_dir=run)
+        machines.append(subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True))
+    outputs = [machine.communicate(timeout=200)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0]
+    assert "2 processes (MULTI_CPU)" in outputs[0] and outputs[1] == ""
+    for one, other in zip(metrics_of(finished), metrics_of(run), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_a_run_resumed_on_another_number_of_processes_sees_the_same_batches(finished, shards, tmp_path):
+    """The loss curve agrees to the order of float32 sums."""
+    run = tmp_path / "run"
+    train_here(shards=shards, run_dir=run, max_minutes=1e-9)
+    launch = ["--config_file", str(CONFIGS / "ddp.yaml"), "--num_processes", "2", "--main_process_port", "0"]
+    done = run_training(*launch, shards=shards, run_dir=run)
+    assert "Going on from step 1" in done.stdout
+    for one, other in zip(metrics_of(finished), metrics_of(run), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)

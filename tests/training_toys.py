@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -67,12 +68,12 @@ def environment() -> dict[str, str]:
     return {**kept, **quiet, "PYTHONPATH": str(ROOT)}
 
 
-def train_command(*launch: str, **settings) -> list[str]:
+def train_command(*launch: str, script: Path = ROOT / "train_accelerate.py", **settings) -> list[str]:
     """A command line that trains: through `accelerate launch` if `launch` has flags for it, else without."""
     launcher = [sys.executable]
     if launch:
         launcher += ["-m", "accelerate.commands.launch", *launch]
-    return [*launcher, str(ROOT / "train_accelerate.py"), *as_flags({**TOY_SETTINGS, **settings})]
+    return [*launcher, str(script), *as_flags({**TOY_SETTINGS, **settings})]
 
 
 def run_training(*launch: str, check: bool = True, **settings) -> subprocess.CompletedProcess[str]:
@@ -87,6 +88,13 @@ def run_training(*launch: str, check: bool = True, **settings) -> subprocess.Com
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def free_port() -> int:
+    """A TCP port on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def metrics_of(run_dir: Path) -> list[dict]:

@@ -87,6 +87,10 @@ def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, str]:
             "\n`accelerate launch --cpu` was asked for several processes and started one; "
             "`--config_file accelerate_configs/ddp.yaml --num_processes N` starts N, on the CPU too."
         )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type.value != "FSDP":
+        line += (
+            "\nFSDP was asked for, but Accelerate shards nothing on this device: training is data parallel."
+        )
     return accelerator, line
 
 

@@ -1,8 +1,15 @@
 """A non-finite loss or gradient never reaches the weights, and finding one costs no wait for the device."""
 
+import statistics
+from collections import deque
+
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
+
+SPIKE_WINDOW_STEPS = 64
+# Median absolute deviations; of normally distributed losses, one in ten million is so far up.
+SPIKE_SPREADS = 8.0
 
 
 class StepGuard:
@@ -33,3 +40,23 @@ class StepGuard:
         """Skipped steps in total and in a row up to now. Waits for the device."""
         total, in_a_row = self._counts.tolist()
         return int(total), int(in_a_row)
+
+
+class SpikeWatch:
+    """Notices a loss far above what the last steps had."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW_STEPS)
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether `loss`, finite and in nats/token, stands out.
+
+        It then counts among the last steps as well.
+        """
+        is_spike = False
+        if len(self._recent) == SPIKE_WINDOW_STEPS:
+            usual = statistics.median(self._recent)
+            spread = statistics.median(abs(recent - usual) for recent in self._recent)
+            is_spike = loss > usual + SPIKE_SPREADS * spread
+        self._recent.append(loss)
+        return is_spike

@@ -44,17 +44,20 @@ def setting(
     return field
 
 
-def parse_settings(cls: type[S], argv: Sequence[str], *, default_config: Path | None = None) -> S:
+def parse_settings(
+    cls: type[S], argv: Sequence[str] | None = None, *, default_config: Path | None = None
+) -> S:
     """Defaults of the dataclass `cls` <- the YAML file of `--config` <- the other flags of `argv`.
 
     A flag is `--name value` or `--name=value`; `--name` alone sets a true/false setting; a tuple takes
-    several values. `default_config` is read when there is no `--config`. A method `problems()` of `cls`,
-    where it has one, returns complaints about values that do not fit together. `--help` prints every setting
-    and exits.
+    several values. Without `argv` these are the process's. `default_config` is read when there is no
+    `--config`. A method `problems()` of `cls`, where it has one, returns complaints about values that do not
+    fit together. `--help` prints every setting and exits.
 
     Raises:
         SettingsError: with all problems of file and flags, one per line.
     """
+    argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(describe_settings(cls, default_config))
         sys.exit(0)
@@ -93,13 +96,15 @@ def parse_settings(cls: type[S], argv: Sequence[str], *, default_config: Path | 
     return settings
 
 
+def plain_settings(settings: Any) -> dict[str, Any]:
+    """Settings as names and values that YAML and JSON know."""
+    values = dataclasses.asdict(settings)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
 def settings_as_yaml(settings: Any) -> str:
     """A recipe that `--config` reads back to the same settings."""
-    plain = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(settings).items()
-    }
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.safe_dump(plain_settings(settings), sort_keys=False, allow_unicode=True, width=100)
 
 
 def changed_settings(settings: Any, recorded: dict[str, Any]) -> list[str]:

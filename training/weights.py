@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 # Inserted into parameter names by torch.compile and by activation checkpointing.
@@ -12,8 +13,16 @@ WRAPPER_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 def bare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """The model as it was built, out of data-parallel and compiled wrappers."""
-    return accelerator.unwrap_model(model, keep_torch_compile=False)
+    """The model as it was built, out of data-parallel and compiled wrappers; what can be sharded is.
+
+    After a forward without a backward (validation, sampling) FSDP2 leaves the outermost weights gathered, as
+    plain parameters that the optimizer does not know.
+    """
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    for module in bare.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return bare
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
