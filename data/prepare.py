@@ -8,12 +8,13 @@ its results whole or not at all, so the same command after an interruption goes 
 from __future__ import annotations
 
 import argparse
+import errno
+import itertools
 import json
 import os
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import version
@@ -21,16 +22,15 @@ from pathlib import Path
 
 import filelock
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from data.parts import encode_part, plan_cuts, select_documents, write_cut
+from data.assembly import DiskFullError, assemble
+from data.engine import encode_locally
 from data.shards import (
     MANIFEST_FILE,
     MAX_TOKENS_PER_SHARD,
     TOKENIZER_FOLDER,
     Manifest,
-    ShardEntry,
     read_manifest,
     write_atomically,
     write_manifest,
@@ -39,8 +39,8 @@ from data.sources import PYTHON_DOCS, Part, SourceSpec, list_parts, read_documen
 from data.tokenizer import FastEncoder, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 
 WORK_FOLDER = ".work"
-# Unless asked otherwise: one token in a hundred, and never more than gives an exact validation loss anyway.
-VALIDATION_SHARE, VALIDATION_AT_MOST = 0.01, 10_000_000
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+RECORDED_VERSIONS = ("datatrove", "numpy", "pyarrow", "tiktoken", "tokenizers", "transformers")
 VERIFY_DOCUMENTS = 200  # of the source, on which both encoders are compared before a run
 
 
@@ -72,6 +72,7 @@ class PrepareSettings:
     )
     limit_tokens: int | None = _setting(None, "stop after the document that reaches this many tokens")
     tokens_per_shard: int = _setting(100_000_000, "tokens in a shard file, at most")
+    workers: int | None = _setting(None, "processes that encode at once; default one a core")
 
     def spec(self) -> SourceSpec:
         return SourceSpec(self.source, self.text_column, self.config, self.split, self.revision)
@@ -120,8 +121,50 @@ def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
         spec = _gather(settings.spec(), work)
         parts = _list_parts_once(spec, work)
         tokenizer = _make_tokenizer(settings, spec, output)
-        folders = _encode_all(settings, spec, parts, tokenizer, work, progress)
-        manifest = _assemble(settings, tokenizer, folders, output, started)
+        _check_encoder(spec, parts[0], tokenizer)
+        dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+        try:
+            folders = encode_locally(
+                spec,
+                parts,
+                output / TOKENIZER_FOLDER,
+                work,
+                workers=settings.workers or os.cpu_count() or 1,
+                limit_tokens=settings.limit_tokens,
+                progress=progress,
+            )
+            entries, counts = assemble(
+                output,
+                work / "shards",
+                folders,
+                dtype,
+                deduplicate=settings.deduplicate,
+                validation_tokens=settings.validation_tokens,
+                limit_tokens=settings.limit_tokens,
+                tokens_per_shard=settings.tokens_per_shard,
+                progress=progress,
+            )
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                raise _disk_full(output, work, parts) from error
+            raise
+        manifest = write_manifest(
+            output,
+            Manifest(
+                tokenizer=settings.tokenizer
+                if settings.train_tokenizer is None
+                else f"trained on {settings.source}",
+                tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+                vocab_size=len(tokenizer),
+                eos_token_id=tokenizer.eos_token_id,
+                dtype=dtype.name,
+                shards=tuple(entries),
+                settings=_content_settings(settings),
+                counts=counts,
+                versions={name: version(name) for name in RECORDED_VERSIONS},
+                elapsed_seconds=round(time.monotonic() - started, 1),
+            ),
+        )
     finally:
         lock.release()
     shutil.rmtree(work)
@@ -134,8 +177,8 @@ def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
 
 
 def _content_settings(settings: PrepareSettings) -> dict:
-    """The settings that decide what the shards hold; the output's own name does not."""
-    return {name: value for name, value in asdict(settings).items() if name != "output"}
+    """The settings that decide what the shards hold."""
+    return {name: value for name, value in asdict(settings).items() if name not in ("output", "workers")}
 
 
 def _is_finished(output: Path, settings: PrepareSettings) -> bool:
@@ -231,115 +274,36 @@ def _make_tokenizer(settings: PrepareSettings, spec: SourceSpec, output: Path) -
     return load_tokenizer(folder)
 
 
-def _encode_all(
-    settings: PrepareSettings,
-    spec: SourceSpec,
-    parts: list[Part],
-    tokenizer: PreTrainedTokenizerFast,
-    work: Path,
-    progress: bool,
-) -> list[Path]:
-    """Encode every part that is not there yet; returns the parts' folders in order."""
+def _check_encoder(spec: SourceSpec, part: Part, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Compare both encoders on the source's own first documents, and say so if the slow one is to be used."""
     encoder = FastEncoder(tokenizer)
-    encoder.verify(
-        [
-            document.text
-            for document, _ in zip(read_part(spec, parts[0]), range(VERIFY_DOCUMENTS), strict=False)
-        ]
-    )
+    first = itertools.islice(read_part(spec, part), VERIFY_DOCUMENTS)
+    encoder.verify([document.text for document in first])
     if not encoder.is_fast:
-        print(
-            "Encoding with tokenizers, which is slower: tiktoken cannot stand in, because "
-            f"{encoder.why_slow}."
-        )
+        print(f"Encoding with tokenizers, which is slower than tiktoken: {encoder.why_slow}.")
+
+
+def _disk_full(output: Path, work: Path, parts: list[Part]) -> DiskFullError:
+    """The arithmetic of a full disk: what is there, what is still to come, by the rate of the parts that are
+    done.
+    """
     folders = [work / "parts" / f"{number:05d}" for number in range(len(parts))]
-    encoded = 0
-    with tqdm(desc="encoding", unit=" tokens", unit_scale=True, disable=not progress) as bar:
-        for number, (part, folder) in enumerate(zip(parts, folders, strict=True)):
-            if settings.limit_tokens is not None and encoded >= settings.limit_tokens:
-                folders = folders[:number]
-                break
-            if not folder.exists():
-                counts: Counter[str] = Counter()
-                documents = read_part(spec, part, counts)
-                bar.set_postfix_str(os.path.basename(part.paths[0]))
-                encode_part(
-                    documents,
-                    counts,
-                    folder,
-                    encoder,
-                    tokenizer.eos_token_id,
-                    limit_tokens=settings.limit_tokens,
-                    advance=lambda _, tokens: bar.update(tokens),
-                )
-            if settings.limit_tokens is not None:
-                encoded += int(np.load(folder / "rows.npy")["tokens"].sum())
-    return folders
-
-
-def _assemble(
-    settings: PrepareSettings,
-    tokenizer: PreTrainedTokenizerFast,
-    folders: list[Path],
-    output: Path,
-    started: float,
-) -> Manifest:
-    rows = [np.load(folder / "rows.npy") for folder in folders]
-    counts: Counter[str] = Counter()
-    for folder in folders:
-        counts.update(json.loads((folder / "counts.json").read_text())["counts"])
-    counts["documents"] = sum(map(len, rows))
-    total = sum(int(part["tokens"].sum()) for part in rows)
-    if total == 0:
-        raise ValueError(
-            f"The source {settings.source!r} is empty: no document with text in it "
-            f"({counts['blank']:,} blank or null ones were left out)."
-        )
-    validation = settings.validation_tokens
-    if validation is None:
-        validation = min(int(total * VALIDATION_SHARE), VALIDATION_AT_MOST)
-    selection = select_documents(
-        rows,
-        deduplicate=settings.deduplicate,
-        validation_tokens=validation,
-        limit_tokens=settings.limit_tokens,
-    )
-    counts["duplicates"] = selection.duplicates
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-    receipts = output / WORK_FOLDER / "shards"
-    receipts.mkdir(exist_ok=True)
-    entries = []
-    cuts = plan_cuts(rows, selection, settings.tokens_per_shard)
-    if not any(cut.split == "train" for cut in cuts):
-        raise ValueError(
-            f"validation_tokens={validation:,} leaves nothing to train on: the source has {total:,} tokens "
-            "in "
-            f"{counts['documents'] - counts['duplicates']:,} different documents. Ask for fewer, or 0."
-        )
-    for cut in cuts:
-        receipt = receipts / f"{cut.file}.json"
-        if not receipt.exists():
-            entry = write_cut(cut, rows, selection, folders, dtype, output)
-            write_atomically(receipt, json.dumps(asdict(entry)).encode())
-        entries.append(ShardEntry(**json.loads(receipt.read_text())))
-    return write_manifest(
-        output,
-        Manifest(
-            tokenizer=settings.tokenizer
-            if settings.train_tokenizer is None
-            else f"trained on {settings.source}",
-            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-            vocab_size=len(tokenizer),
-            eos_token_id=tokenizer.eos_token_id,
-            dtype=dtype.name,
-            shards=tuple(entries),
-            settings=_content_settings(settings),
-            counts={name: counts[name] for name in ("documents", "duplicates", "blank", "repaired")},
-            versions={
-                name: version(name) for name in ("numpy", "pyarrow", "tiktoken", "tokenizers", "transformers")
-            },
-            elapsed_seconds=round(time.monotonic() - started, 1),
-        ),
+    done = [
+        (part.bytes, (folder / "ids.bin").stat().st_size)
+        for part, folder in zip(parts, folders, strict=True)
+        if folder.exists()
+    ]
+    read, written = sum(size for size, _ in done), sum(size for _, size in done)
+    total = sum(part.bytes for part in parts)
+    # Before the first part is done: a token, two bytes, stands for about four bytes of English.
+    encoded = written * total / read if read else total / 2
+    free = shutil.disk_usage(output).free
+    return DiskFullError(
+        f"The disk is full: {free / 1e6:,.1f} MB are free at {output}. {len(done)} of {len(parts)} parts "
+        "are encoded, in "
+        f"{written / 1e6:,.1f} MB; all will need about {encoded / 1e6:,.1f} MB, and the shards as much "
+        "again before "
+        "the parts are deleted. Make room and run the same command again: finished parts are kept."
     )
 
 

@@ -55,7 +55,7 @@ MARKUP_LINE = re.compile(
 
 def python_documents(processes: int | None = None) -> Iterator[tuple[str, str]]:
     """(id, text) of every document: help topics, then the standard library's modules, then each package's."""
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    stdlib = library_folder()
     # Paths with their ids; ids are relative, so that another installation folder changes nothing.
     files = [(f"stdlib/{name}", stdlib / name) for name in _files_below(stdlib)]
     for root in package_folders():
@@ -67,6 +67,11 @@ def python_documents(processes: int | None = None) -> Iterator[tuple[str, str]]:
         files, _extract_all([path for _, path in files], processes), strict=True
     ):
         yield from _document(name, paragraphs, seen)
+
+
+def library_folder() -> Path:
+    """Where the standard library lies."""
+    return Path(sysconfig.get_paths()["stdlib"])
 
 
 def package_folders() -> list[Path]:

