@@ -85,7 +85,7 @@ def supports_packing(model: nn.Module, examples: Sequence[Continuation], acceler
     models, sliding windows and attention kernels without free masks do not.
     """
     config = bare_model(model).config
-    if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
+    if not examples or getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
         return False
     context = getattr(config, "max_position_embeddings", None)
     alone = score_continuations(model, examples, accelerator, context=context, packed=False)

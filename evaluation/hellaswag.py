@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from data.hellaswag import Question
 from evaluation.continuations import Continuation, score_continuations, supports_packing
 from evaluation.isolation import bare_model, undisturbed
-from evaluation.statistics import Proportion, proportion
+from evaluation.statistics import PairedComparison, Proportion, compare_paired, proportion
 
 STYLES = ("completion", "harness")
 
@@ -103,6 +103,26 @@ def summarize(scores: Sequence[QuestionScores]) -> HellaSwagResult:
     )
 
 
+def compare(
+    scores: Sequence[QuestionScores], baseline: Sequence[QuestionScores]
+) -> dict[str, PairedComparison]:
+    """Each metric of a model against the same metric of another on the same questions.
+
+    Raises:
+        ValueError: if the baseline lacks one of the questions.
+    """
+    others = {score.index: score for score in baseline}
+    if missing := [score.index for score in scores if score.index not in others]:
+        raise ValueError(f"the baseline lacks {len(missing):,} of the questions, the first is {missing[0]}")
+    return {
+        metric: compare_paired(
+            [score.predictions()[metric] == score.label for score in scores],
+            [others[score.index].predictions()[metric] == score.label for score in scores],
+        )
+        for metric in scores[0].predictions()
+    }
+
+
 def score_questions(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -184,6 +204,8 @@ def encode(
     unknown = set(styles) - set(STYLES)
     if unknown or not styles:
         raise ValueError(f"styles {list(styles)!r}: give one or both of {list(STYLES)}")
+    if not questions:  # a resumed run may have nothing left, and tokenizers refuse an empty list
+        return []
     per_style = {
         style: {"completion": _encode_completion, "harness": _encode_harness}[style](questions, tokenizer)
         for style in styles

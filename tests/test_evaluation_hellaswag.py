@@ -1,0 +1,353 @@
+"""HellaSwag: the two references' numbers, whatever the batches, the wrapping or the model's kind."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
+
+from data.hellaswag import Question, load_questions, parse_questions
+from data.tokenizer import gpt2_tokenizer
+from evaluation.continuations import Continuation, score_continuations, supports_packing
+from evaluation.hellaswag import compare, evaluate_hellaswag, score_questions, summarize
+from modeling_gpt_scratch.convert_gpt2 import from_gpt2
+
+ROOT = Path(__file__).parent.parent
+QUESTIONS = ROOT / "tests" / "fixtures" / "hellaswag.jsonl"
+EXPECTED = ROOT / "tests" / "fixtures" / "hellaswag_expected.jsonl"
+
+pytestmark = pytest.mark.filterwarnings("ignore:hellaswag.jsonl is not the official")
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return gpt2_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return load_questions(str(QUESTIONS))
+
+
+def wavy_gpt2(**settings) -> GPT2LMHeadModel:
+    """A stock GPT-2 whose weights follow from a formula: its numbers hang on no generator's version."""
+    config = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 256, "vocab_size": 50257} | settings
+    model = GPT2LMHeadModel(GPT2Config(**config)).eval()
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters(), start=1):
+            steps = torch.arange(parameter.numel(), dtype=torch.float64).view(parameter.shape)
+            if parameter.dim() > 1:
+                parameter.copy_(torch.sin(steps * (1.3 + number) + number) * 0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return wavy_gpt2()
+
+
+def all_scores(*arguments, **options):
+    batches = score_questions(*arguments, **options)
+    return sorted((score for batch in batches for score in batch), key=lambda score: score.index)
+
+
+@pytest.fixture(scope="module")
+def whole(model, tokenizer, questions, accelerator):
+    """The model's scores of all questions, with default settings."""
+    return all_scores(model, tokenizer, questions, accelerator)
+
+
+def assert_same_scores(ours, others, relative):
+    for a, b in zip(ours, others, strict=True):
+        assert (a.index, a.label, a.source, a.lengths) == (b.index, b.label, b.source, b.lengths)
+        for style in a.log_probabilities:
+            assert a.log_probabilities[style] == pytest.approx(b.log_probabilities[style], rel=relative)
+
+
+FLOAT32_SUMS = 1e-5  # sums of float32 terms in another order
+
+
+def test_log_probabilities_and_choices_are_those_that_the_references_gave(whole):
+    """Recorded from lm-evaluation-harness 0.4.13 and build-nanogpt on this model and these questions."""
+    expected = [json.loads(line) for line in EXPECTED.read_text().splitlines()]
+    for ours, reference in zip(whole, expected, strict=True):
+        for style in ("completion", "harness"):
+            assert ours.log_probabilities[style] == pytest.approx(reference[style], rel=FLOAT32_SUMS)
+        assert ours.predictions() == reference["predictions"]
+
+
+def test_our_model_with_the_same_weights_scores_the_same(model, tokenizer, questions, accelerator, whole):
+    assert_same_scores(all_scores(from_gpt2(model), tokenizer, questions, accelerator), whole, FLOAT32_SUMS)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 700, 100_000])
+def test_the_size_of_batches_changes_nothing(model, tokenizer, questions, accelerator, whole, batch_tokens):
+    parts = all_scores(model, tokenizer, questions, accelerator, batch_tokens=batch_tokens)
+    assert_same_scores(parts, whole, FLOAT32_SUMS)
+
+
+def test_training_mode_compilation_and_preparation_change_nothing(
+    model, tokenizer, questions, accelerator, whole
+):
+    plain = summarize(whole)
+    wrapped = torch.compile(accelerator.prepare(model).train(), backend="eager")
+    state = torch.get_rng_state()
+    assert evaluate_hellaswag(wrapped, tokenizer, questions, accelerator) == plain
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    model.eval()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_endings_in_one_row_do_not_see_each_other(model, tokenizer, questions, accelerator, attention):
+    model.set_attn_implementation(attention)
+    beginning = tokenizer(questions[0].ctx)["input_ids"]
+    four = [
+        Continuation(
+            [*beginning, *tokenizer(" " + ending)["input_ids"]], len(tokenizer(" " + ending)["input_ids"])
+        )
+        for ending in questions[0].endings
+    ]
+    alone = score_continuations(model, four, accelerator, context=256, packed=False)
+    assert score_continuations(model, four, accelerator, context=256, packed=True) == pytest.approx(
+        alone, rel=FLOAT32_SUMS
+    )
+    assert supports_packing(model, four, accelerator)
+
+
+def test_continuations_that_differ_before_the_scored_part_share_only_what_is_common(model, accelerator):
+    """A tokenizer may merge the context's last letters into the ending's first token."""
+    rows = [
+        Continuation([5, 6, 7, 8, 9, 10], 2),
+        Continuation([5, 6, 7, 11, 12, 13], 2),
+        Continuation([5, 6, 7], 1),
+    ]
+    alone = score_continuations(model, rows, accelerator, context=256, packed=False)
+    together = score_continuations(model, rows, accelerator, context=256, packed=True)
+    assert together == pytest.approx(alone, rel=FLOAT32_SUMS)
+
+
+def test_a_recurrent_model_is_scored_row_by_row(tokenizer, questions, accelerator):
+    torch.manual_seed(0)
+    mamba = MambaForCausalLM(
+        MambaConfig(
+            vocab_size=50257, hidden_size=16, num_hidden_layers=1, state_size=4, initializer_range=0.5
+        )
+    ).eval()
+    scores = all_scores(mamba, tokenizer, questions[:2], accelerator)
+    with torch.no_grad():
+        question = questions[0]
+        context, ending = (tokenizer(text)["input_ids"] for text in (question.ctx, " " + question.endings[3]))
+        logits = mamba(input_ids=torch.tensor([context + ending])).logits[0].log_softmax(-1)
+    expected = sum(logits[len(context) + i - 1, token].item() for i, token in enumerate(ending))
+    assert scores[0].log_probabilities["completion"][3] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_question_longer_than_the_context_loses_its_beginning_and_is_counted(
+    tokenizer, questions, accelerator
+):
+    short = wavy_gpt2(n_positions=32)
+    result = evaluate_hellaswag(short, tokenizer, questions, accelerator)
+    assert 0 < result.truncated <= result.questions
+    score = all_scores(short, tokenizer, questions[:1], accelerator)[0]
+    question = questions[0]
+    context, ending = (tokenizer(text)["input_ids"] for text in (question.ctx, " " + question.endings[0]))
+    row = (context + ending)[-33:]
+    with torch.no_grad():
+        logits = short(input_ids=torch.tensor([row[:-1]])).logits[0].log_softmax(-1)
+    expected = sum(logits[len(row) - len(ending) + i - 1, token].item() for i, token in enumerate(ending))
+    assert score.log_probabilities["completion"][0] == pytest.approx(expected, rel=FLOAT32_SUMS)
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_halved(model, tokenizer, questions, accelerator, whole):
+
+    def full_memory(module, args, kwargs):
+        if len(kwargs["input_ids"]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    handle = model.register_forward_pre_hook(full_memory, with_kwargs=True)
+    try:
+        assert_same_scores(all_scores(model, tokenizer, questions, accelerator), whole, FLOAT32_SUMS)
+    finally:
+        handle.remove()
+
+
+def test_a_tokenizer_without_a_pad_token_and_one_that_adds_bos_both_work(
+    model, questions, accelerator, whole
+):
+    plain, adding = gpt2_tokenizer(), gpt2_tokenizer()
+    assert plain.pad_token is None
+    from tokenizers.processors import TemplateProcessing
+
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", adding.eos_token_id)]
+    )
+    score = all_scores(model, adding, questions[:1], accelerator)[0]
+    context, ending = (plain(text)["input_ids"] for text in (questions[0].ctx, " " + questions[0].endings[1]))
+    row = [adding.eos_token_id, *context, *ending]  # once, in front of the context, never before the ending
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
+    expected = sum(logits[len(context) + i, token].item() for i, token in enumerate(ending))
+    assert score.log_probabilities["completion"][1] == pytest.approx(expected, rel=FLOAT32_SUMS)
+    assert score.lengths["completion"] == whole[0].lengths["completion"]
+
+
+def test_an_ending_that_tokenises_to_nothing_is_named(model, questions, accelerator):
+    from tokenizers import Regex
+    from tokenizers.normalizers import Replace
+
+    deaf = gpt2_tokenizer()
+    deaf.backend_tokenizer.normalizer = Replace(Regex(" orange orange orange."), "")
+    with pytest.raises(
+        ValueError, match=r"question 2: the ending 'orange orange orange.' tokenises to nothing"
+    ):
+        evaluate_hellaswag(model, deaf, questions, accelerator)
+
+
+def test_a_model_that_returns_nan_is_an_error(tokenizer, questions, accelerator):
+    broken = wavy_gpt2()
+    with torch.no_grad():
+        broken.transformer.ln_f.bias[0] = math.nan
+    with pytest.raises(ValueError, match="returned NaN"):
+        evaluate_hellaswag(broken, tokenizer, questions, accelerator)
+
+
+def test_an_empty_set_is_an_error(model, tokenizer, accelerator):
+    with pytest.raises(ValueError, match="no questions"):
+        evaluate_hellaswag(model, tokenizer, [], accelerator)
+
+
+def row(**changes):
+    first = json.loads(QUESTIONS.read_text().splitlines()[0])
+    return {**first, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"endings": ["a", "b", "c"]}, "line 2: endings is .*4 texts"),
+        ({"endings": ["a", "b", "c", " "]}, "line 2: endings is .*none of them empty"),
+        ({"label": 4}, "line 2: label is 4"),
+        ({"label": ""}, "the test split has no labels"),
+        ({"ctx_a": None}, "line 2: ctx_a is None"),
+        ({"ctx": "  "}, "line 2: ctx is blank"),
+    ],
+)
+def test_a_malformed_question_is_named_with_its_line(tmp_path, changes, message):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps(row()) + "\n" + json.dumps(row(**changes)) + "\n")
+    with pytest.warns(UserWarning, match="not the official"), pytest.raises(ValueError, match=message):
+        load_questions(str(path))
+
+
+def test_broken_json_and_missing_files_say_where(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps(row()) + "\n{not json\n")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="line 2: not JSON"):
+        load_questions(str(path))
+    with pytest.raises(ValueError, match=r"no file .*missing.jsonl"):
+        load_questions(str(tmp_path / "missing.jsonl"))
+    with pytest.raises(ValueError, match="no questions"):
+        parse_questions([])
+
+
+def test_a_label_written_as_text_and_the_limit_are_understood():
+    rows = [("row 0", row(label="2")), ("row 1", row(label="3"))]
+    (question,) = parse_questions(rows, limit=1)
+    assert question.label == 2 and question.source == "activitynet" and isinstance(question, Question)
+
+
+def test_comparing_with_itself_shows_no_difference_and_a_missing_question_is_an_error(whole):
+    scores = whole
+    for paired in compare(scores, scores).values():
+        assert (paired.difference, paired.p_value) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="lacks 1 of the questions"):
+        compare(scores, scores[1:])
+    result = summarize(scores)
+    assert set(result.by_source) == {"activitynet", "wikihow"}
+    for metric, share in result.accuracy.items():
+        right = sum(rows[metric].value * rows[metric].total for rows in result.by_source.values())
+        assert right == pytest.approx(share.value * 12)
+
+
+def run_script(folder: Path, *arguments: str, processes: int = 1):
+    """The real script in real processes; returns what the first printed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, str(ROOT / "eval_hellaswag.py"), "--questions", str(QUESTIONS), *arguments]
+    running = []
+    for rank in range(processes):
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        if processes > 1:
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        running.append(
+            subprocess.Popen(
+                command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    outputs = [process.communicate(timeout=200) for process in running]
+    assert [process.returncode for process in running] == [0] * processes, outputs
+    return outputs[0][0]
+
+
+@pytest.mark.slow
+def test_two_processes_a_resumed_run_and_one_whole_run_write_the_same(tmp_path, tokenizer):
+    """The resumed run starts from half the lines and a torn one, as a kill leaves them."""
+    wavy_gpt2().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    common = ("--model", "model", "--dtype", "float32", "--batch_tokens", "800")
+    printed = run_script(tmp_path, *common, "--output", "one.json")
+    assert "harness_acc_norm" in printed and "95% [" in printed
+    run_script(tmp_path, *common, "--output", "two.json", processes=2)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one == two
+
+    lines = (tmp_path / "one.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "three.jsonl").write_text("".join(lines[:7]) + lines[7][:30])
+    run_script(tmp_path, *common, "--output", "three.json", "--baseline", "one.jsonl")
+    three = json.loads((tmp_path / "three.json").read_text())
+    assert three["accuracy"] == one["accuracy"]
+    assert three["baseline"]["harness_acc"]["p_value"] == 1.0
+    assert len((tmp_path / "three.jsonl").read_text().splitlines()) == 1 + 12
+    metric = one["model-index"][0]["results"][0]["metrics"][0]
+    assert (
+        metric["type"] == "completion_acc" and metric["value"] == one["accuracy"]["completion_acc"]["value"]
+    )
+
+
+@pytest.mark.slow
+def test_log_probabilities_equal_those_of_the_installed_harness(model, tokenizer, questions, accelerator):
+    import numpy as np
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks.hellaswag.utils import preprocess
+
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
+    requests, endings = [], []
+    for question in questions:
+        context = preprocess(f"{question.activity_label}: {question.ctx_a} {question.ctx_b.capitalize()}")
+        endings.append([preprocess(ending) for ending in question.endings])
+        requests += [
+            Instance("loglikelihood", {}, (context, " " + ending), number)
+            for number, ending in enumerate(endings[-1])
+        ]
+    sums = np.array([total for total, _ in harness.loglikelihood(requests)]).reshape(-1, 4)
+    for score, row, texts in zip(
+        all_scores(model, tokenizer, questions, accelerator), sums, endings, strict=True
+    ):
+        assert score.log_probabilities["harness"] == pytest.approx(row.tolist(), rel=FLOAT32_SUMS)
+        assert score.predictions()["harness_acc"] == row.argmax()
+        assert score.predictions()["harness_acc_norm"] == (row / [len(text) for text in texts]).argmax()
