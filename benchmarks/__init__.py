@@ -1,0 +1,1 @@
+"""Benchmarks: each prints a table with ours beside its peers, measured in one run."""
