@@ -145,6 +145,23 @@ def test_trainer_resumes_a_run_with_activation_checkpointing(tmp_path):
     torch.testing.assert_close(resumed, unbroken, rtol=0, atol=0)
 
 
+def test_label_smoothing_in_trainer_predicts_the_next_token(tmp_path):
+    """Trainer shifts labels only for classes on a list of names; it would teach another model to copy."""
+    model, examples = model_with(), rows(4)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**arguments(tmp_path, label_smoothing_factor=0.1)),
+        eval_dataset=examples,
+    )
+    ids = torch.stack([row["input_ids"] for row in examples])
+    with torch.no_grad():
+        logits = model.eval()(ids).logits
+    expected = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=0.1, reduction="mean"
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_sft_trainer_learns_and_evaluates(packing, tokenizer, tmp_path):
     trl = pytest.importorskip("trl", reason="trl is not installed")
