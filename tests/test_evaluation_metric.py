@@ -65,6 +65,7 @@ print("RESULT", json.dumps(metric.compute()))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_result_of_all_questions_to_the_first(tmp_path):
     processes = [
         subprocess.Popen(
