@@ -99,6 +99,7 @@ def test_the_export_works_in_a_fresh_process_without_our_repository(finished, tm
     code = (
         "from transformers import pipeline; import sys;"
         "write = pipeline('text-generation', model=sys.argv[1], trust_remote_code=True);"
+        "assert len(write(['The model', 'A', 'Longer than both'], batch_size=3, max_new_tokens=5)) == 3;"
         "print(len(write('The model', max_new_tokens=5)[0]['generated_text']))"
     )
     export = shutil.copytree(finished / "export", tmp_path / "elsewhere")

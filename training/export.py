@@ -24,6 +24,7 @@ def pretrained_companions(model: Any, tokenizer: PreTrainedTokenizerBase) -> dic
 
     Ids that only pad the vocabulary are never generated from such a folder.
     """
+    tokenizer = ready_for_batches(tokenizer)
     with tempfile.TemporaryDirectory() as temporary:
         model.config.save_pretrained(temporary)
         if getattr(model, "_auto_class", None) is not None:
@@ -32,6 +33,7 @@ def pretrained_companions(model: Any, tokenizer: PreTrainedTokenizerBase) -> dic
             generation_config = copy.deepcopy(model.generation_config)
             padding_ids = list(range(len(tokenizer), model.config.vocab_size))
             generation_config.suppress_tokens = padding_ids or None
+            generation_config.pad_token_id = tokenizer.pad_token_id
             generation_config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         return {path.name: path.read_bytes() for path in sorted(Path(temporary).iterdir()) if path.is_file()}
@@ -51,6 +53,7 @@ def export_model(
     """
     bare: Any = bare_model(accelerator, model)
     # Gathering a sharded tensor takes every process; only the main one keeps the result.
+    tokenizer = ready_for_batches(tokenizer)
     weights = {}
     for name, tensor in named_weights(bare).items():
         tensor = whole(tensor)
@@ -60,6 +63,8 @@ def export_model(
         return
     transformers_logging.disable_progress_bar()  # two bars for a write of seconds
     exported, state_dict = bare, weights or None
+    generation_config = copy.deepcopy(bare.generation_config)
+    generation_config.pad_token_id = tokenizer.pad_token_id
     if bare.config.vocab_size > len(tokenizer):
         config = copy.deepcopy(bare.config)
         config.vocab_size = len(tokenizer)
@@ -71,14 +76,16 @@ def export_model(
         }
         weights = {n: t[: len(tokenizer)] if n in rows_per_token else t for n, t in weights.items()}
         exported = type(bare).from_pretrained(None, config=config, state_dict=weights)
-        exported.generation_config = copy.deepcopy(bare.generation_config)
         state_dict = None
     temporary = out_dir.with_name(f".tmp-{out_dir.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         exported.save_pretrained(temporary, state_dict=state_dict)
+        generation_config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        for path in temporary.iterdir():  # safetensors files come out readable by their owner alone
+            path.chmod(0o644)
         flush_tree(temporary)
         if out_dir.exists():
             number = 1
@@ -94,6 +101,18 @@ def export_model(
         if cause is None:
             raise
         raise SettingsError(explain_write_error(cause, "The export", out_dir)) from error
+
+
+def ready_for_batches(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy that pads prompts, on the left, so that a batch of them can be continued.
+
+    A tokenizer without a padding token pads with its end token: padding is masked, its id never matters.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
 
 
 def how_to_load(export_dir: Path) -> str:
