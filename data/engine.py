@@ -135,6 +135,12 @@ class QuietLocalExecutor(LocalPipelineExecutor):
         return super()._run_for_rank(rank, local_rank, node_rank)
 
 
+def part_folders(work: Path, parts: list[Part]) -> list[Path]:
+    """Where each part's ids go; absolute, for tasks that run elsewhere."""
+    (work / "parts").mkdir(exist_ok=True)
+    return [work.absolute() / "parts" / f"{number:05d}" for number in range(len(parts))]
+
+
 def encode_locally(
     spec: SourceSpec,
     parts: list[Part],
@@ -154,8 +160,7 @@ def encode_locally(
     # The server that workers are forked from imports this module once; each would take seconds to do it
     # itself.
     multiprocess.set_forkserver_preload([__name__])
-    folders = [work / "parts" / f"{number:05d}" for number in range(len(parts))]
-    (work / "parts").mkdir(exist_ok=True)
+    folders = part_folders(work, parts)
     counts: dict[int, Counter[str]] = {}
     workers = min(workers, len(parts))
     threads = max(1, (os.cpu_count() or 1) // workers)

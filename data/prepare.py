@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,10 +25,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from data.assembly import DiskFullError, assemble
+from data.cluster import StillRunning, encode_on_ray, encode_on_slurm
 from data.engine import encode_locally
+from data.plan import plan
+from data.settings import PrepareSettings, add_flags
 from data.shards import (
     MANIFEST_FILE,
-    MAX_TOKENS_PER_SHARD,
     TOKENIZER_FOLDER,
     Manifest,
     read_manifest,
@@ -37,59 +39,12 @@ from data.shards import (
 )
 from data.sources import PYTHON_DOCS, Part, SourceSpec, list_parts, read_documents, read_part
 from data.tokenizer import FastEncoder, load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from data.verify import verify
 
 WORK_FOLDER = ".work"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RECORDED_VERSIONS = ("datatrove", "numpy", "pyarrow", "tiktoken", "tokenizers", "transformers")
 VERIFY_DOCUMENTS = 200  # of the source, on which both encoders are compared before a run
-
-
-def _setting(default, help: str):
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass(frozen=True)
-class PrepareSettings:
-    """What to prepare. Field names are the command's flags."""
-
-    source: str = _setting(
-        MISSING, "python-docs, hub:OWNER/NAME, or text, JSONL, Parquet or Arrow files: path, folder, glob"
-    )
-    output: str = _setting(MISSING, "the shard directory to make")
-    tokenizer: str = _setting("gpt2", "gpt2, a Hub id, a folder or a tokenizer.json")
-    train_tokenizer: int | None = _setting(
-        None, "train a byte-level BPE of this many words on the source instead"
-    )
-    text_column: str = _setting("text", "the column that holds the text, in files that have columns")
-    config: str | None = _setting(None, "configuration of a Hub dataset, such as sample-10BT")
-    split: str = _setting("train", "split of a Hub dataset to read")
-    revision: str | None = _setting(None, "revision of a Hub dataset: branch, tag or commit")
-    validation_tokens: int | None = _setting(
-        None, "tokens to keep for validation; default 1% but at most 10 million"
-    )
-    deduplicate: bool = _setting(
-        True, "drop documents that differ from an earlier one in white space at most"
-    )
-    limit_tokens: int | None = _setting(None, "stop after the document that reaches this many tokens")
-    tokens_per_shard: int = _setting(100_000_000, "tokens in a shard file, at most")
-    workers: int | None = _setting(None, "processes that encode at once; default one a core")
-
-    def spec(self) -> SourceSpec:
-        return SourceSpec(self.source, self.text_column, self.config, self.split, self.revision)
-
-    def validate(self) -> None:
-        """Raises ValueError naming every bad value at once."""
-        problems = []
-        if self.tokens_per_shard < 1 or self.tokens_per_shard > MAX_TOKENS_PER_SHARD:
-            problems.append(
-                f"tokens_per_shard={self.tokens_per_shard:,} is not in 1..{MAX_TOKENS_PER_SHARD:,}"
-            )
-        if self.limit_tokens is not None and self.limit_tokens < 1:
-            problems.append(f"limit_tokens={self.limit_tokens:,} is not positive")
-        if self.validation_tokens is not None and self.validation_tokens < 0:
-            problems.append(f"validation_tokens={self.validation_tokens:,} is negative")
-        if problems:
-            raise ValueError("Bad settings: " + "; ".join(problems) + ".")
 
 
 def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
@@ -98,6 +53,7 @@ def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
     Raises:
         ValueError: for bad settings, a source that cannot be read or is empty (SourceError), or an output
             directory that holds something else.
+        StillRunning: when a Slurm cluster has the work; call again once it is done.
     """
     settings.validate()
     started = time.monotonic()
@@ -124,15 +80,7 @@ def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
         _check_encoder(spec, parts[0], tokenizer)
         dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
         try:
-            folders = encode_locally(
-                spec,
-                parts,
-                output / TOKENIZER_FOLDER,
-                work,
-                workers=settings.workers or os.cpu_count() or 1,
-                limit_tokens=settings.limit_tokens,
-                progress=progress,
-            )
+            folders = _encode(settings, spec, parts, output / TOKENIZER_FOLDER, work, progress)
             entries, counts = assemble(
                 output,
                 work / "shards",
@@ -159,7 +107,7 @@ def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
                 eos_token_id=tokenizer.eos_token_id,
                 dtype=dtype.name,
                 shards=tuple(entries),
-                settings=_content_settings(settings),
+                settings=settings.content(),
                 counts=counts,
                 versions={name: version(name) for name in RECORDED_VERSIONS},
                 elapsed_seconds=round(time.monotonic() - started, 1),
@@ -174,11 +122,6 @@ def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
 
 
 # ---- the output directory
-
-
-def _content_settings(settings: PrepareSettings) -> dict:
-    """The settings that decide what the shards hold."""
-    return {name: value for name, value in asdict(settings).items() if name not in ("output", "workers")}
 
 
 def _is_finished(output: Path, settings: PrepareSettings) -> bool:
@@ -200,7 +143,7 @@ def _is_finished(output: Path, settings: PrepareSettings) -> bool:
 
 
 def _refuse_other_settings(output: Path, before: dict, settings: PrepareSettings, what: str) -> None:
-    now = _content_settings(settings)
+    now = settings.content()
     unlike = [
         f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now if before.get(name) != now[name]
     ]
@@ -220,7 +163,7 @@ def _claim(work: Path, settings: PrepareSettings) -> None:
         _refuse_other_settings(work.parent, before, settings, "holds an unfinished preparation")
         print(f"Going on with the unfinished preparation in {work.parent}.")
     else:
-        write_atomically(path, json.dumps(_content_settings(settings)).encode())
+        write_atomically(path, json.dumps(settings.content()).encode())
 
 
 # ---- stages
@@ -283,6 +226,30 @@ def _check_encoder(spec: SourceSpec, part: Part, tokenizer: PreTrainedTokenizerF
         print(f"Encoding with tokenizers, which is slower than tiktoken: {encoder.why_slow}.")
 
 
+def _encode(
+    settings: PrepareSettings,
+    spec: SourceSpec,
+    parts: list[Part],
+    tokenizer_folder: Path,
+    work: Path,
+    progress: bool,
+) -> list[Path]:
+    """The folders of all encoded parts, in order."""
+    if settings.executor == "slurm":
+        return encode_on_slurm(settings, spec, parts, tokenizer_folder, work)
+    if settings.executor == "ray":
+        return encode_on_ray(settings, spec, parts, tokenizer_folder, work)
+    return encode_locally(
+        spec,
+        parts,
+        tokenizer_folder,
+        work,
+        workers=settings.workers or os.cpu_count() or 1,
+        limit_tokens=settings.limit_tokens,
+        progress=progress,
+    )
+
+
 def _disk_full(output: Path, work: Path, parts: list[Part]) -> DiskFullError:
     """The arithmetic of a full disk: what is there, what is still to come, by the rate of the parts that are
     done.
@@ -329,31 +296,33 @@ def _print_summary(output: Path, manifest: Manifest) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m data.prepare", description="Turn text into token shards."
+        prog="python -m data.prepare",
+        description="Turn text into token shards. After an interruption, the same command goes on.",
     )
-    types = {"int | None": int, "int": int}
-    for item in fields(PrepareSettings):
-        if item.type == "bool":
-            parser.add_argument(
-                f"--{item.name}",
-                action=argparse.BooleanOptionalAction,
-                default=item.default,
-                help=item.metadata["help"],
-            )
-        else:
-            required = item.default is MISSING
-            parser.add_argument(
-                f"--{item.name}",
-                type=types.get(str(item.type), str),
-                required=required,
-                default=None if required else item.default,
-                help=item.metadata["help"]
-                + ("" if required or item.default is None else f" (default: {item.default})"),
-            )
-    arguments = parser.parse_args(argv)
+    add_flags(parser)
+    parser.add_argument(
+        "--plan", action="store_true", help="print what would be read and written; touch nothing"
+    )
+    parser.add_argument(
+        "--verify", metavar="DIR", help="check every byte of a finished shard directory instead"
+    )
+    arguments = vars(parser.parse_args(argv))
+    plan_only, verify_dir = arguments.pop("plan"), arguments.pop("verify")
     try:
-        prepare(PrepareSettings(**vars(arguments)))
-    except ValueError as error:
+        if verify_dir is not None:
+            print(verify(Path(verify_dir)))
+            return 0
+        missing = [f"--{name}" for name in ("source", "output") if arguments[name] is None]
+        if missing:
+            parser.error(f"needed: {' and '.join(missing)} (or --verify DIR)")
+        settings = PrepareSettings(**arguments)
+        if plan_only:
+            print(plan(settings))
+        else:
+            prepare(settings)
+    except StillRunning as state:
+        print(state)
+    except (ValueError, PermissionError, RuntimeError) as error:  # RuntimeError: a worker was killed
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -23,10 +23,24 @@ import pyarrow as pa
 import pyarrow.parquet
 import zstandard
 
+from data.mud import room_texts
+
 COMPRESSIONS = (".gz", ".zst", ".xz")
 PARQUET_ROWS_AT_ONCE = 1024
 READ_BYTES = 1 << 20
 LINES_A_REPORT = 256
+# Whose exceptions stand for the network's moods, besides OSError.
+NETWORK_MODULES = (
+    "aiohttp",
+    "botocore",
+    "fsspec",
+    "gcsfs",
+    "httpcore",
+    "httpx",
+    "httpx2",
+    "requests",
+    "urllib3",
+)
 # Waits before a failed read of a remote file is tried again; together they outlast a server's restart.
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -63,16 +77,16 @@ class PatientFile(io.RawIOBase):
         self._size = int(self._patiently(lambda file: file.size))
 
     def _patiently(self, action: Callable[[Any], Any]) -> Any:
-        for wait in (*RETRY_SECONDS, None):
+        def attempt() -> Any:
+            if self._file is None:
+                self._file = fsspec.open(self._path, "rb").open()
             try:
-                if self._file is None:
-                    self._file = fsspec.open(self._path, "rb").open()
                 return action(self._file)
-            except Exception as error:
-                if wait is None or not _may_pass(error):
-                    raise
-                self._file = None
-                time.sleep(wait)
+            except BaseException:
+                self._file = None  # its connection may be what is broken
+                raise
+
+        return patiently(attempt)
 
     def readable(self) -> bool:
         return True
@@ -106,9 +120,23 @@ class PatientFile(io.RawIOBase):
         return wanted
 
 
+def patiently(action: Callable[[], Any]) -> Any:
+    """The action's result, trying again with growing pauses while its failures are such as may pass."""
+    for wait in RETRY_SECONDS:
+        try:
+            return action()
+        except Exception as error:
+            if not _may_pass(error):
+                raise
+            time.sleep(wait)
+    return action()
+
+
 def _may_pass(error: Exception) -> bool:
     """Whether trying again can help: not for files that are missing, forbidden or asked for wrongly."""
     if isinstance(error, (FileNotFoundError, PermissionError, NotImplementedError, ImportError)):
+        return False
+    if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in NETWORK_MODULES:
         return False
     status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
     return not (isinstance(status, int) and 400 <= status < 500 and status not in (408, 429))
@@ -264,6 +292,19 @@ def _rows(
         counts["bytes"] += int(len(texts) * bytes_per_row)
 
 
+def _read_rooms(path: str, column: str, counts: Counter[str]) -> Iterator[tuple[str | None, str]]:
+    """MUD world files; they are older than UTF-8, so bytes that are none are Latin-1."""
+    with open_file(path) as file:
+        content = file.read()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    for number, room in room_texts(text, area=kind_of(path) == ".are"):
+        yield room, f"{path}#{number}"
+    counts["bytes"] += len(content)
+
+
 Reader = Callable[[str, str, "Counter[str]"], Iterator[tuple["str | None", str]]]
 READERS: dict[str, Reader] = {
     ".txt": _read_text,
@@ -274,4 +315,6 @@ READERS: dict[str, Reader] = {
     ".json": _read_jsonl,
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
+    ".wld": _read_rooms,
+    ".are": _read_rooms,
 }

@@ -10,16 +10,30 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import fsspec
 
 from data.python_docs import python_documents
-from data.readers import COMPRESSIONS, READERS, SourceError, kind_of, text_of
+from data.readers import COMPRESSIONS, READERS, SourceError, kind_of, patiently, text_of
 
 PYTHON_DOCS = "python-docs"
 HUB_PREFIX = "hub:"
 PART_BYTES = 512 * 2**20  # small files are read together until they fill a part
+BUNDLED = Path(__file__).parent / "corpora"
+# Short names: (dataset on the Hub, its configuration unless --config names another).
+NAMED_SOURCES: dict[str, tuple[str, str | None]] = {
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+    "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
+    "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
+    "openwebtext": ("Skylion007/openwebtext", None),
+    "tinystories": ("roneneldan/TinyStories", None),
+}
+PATHS_A_REQUEST = 500  # whose sizes are asked for together
+# FineWeb's sizes as people say them.
+SIZES = {"10BT": "sample-10BT", "100BT": "sample-100BT", "350BT": "sample-350BT", "full": "default"}
 
 
 @dataclass(frozen=True)
@@ -67,18 +81,35 @@ def list_parts(spec: SourceSpec) -> list[Part]:
     Raises:
         SourceError: if there is no such source, or nothing in it can be read.
     """
-    if spec.source == PYTHON_DOCS or spec.source.startswith(HUB_PREFIX):
-        return [Part((spec.source,), 0)]
+    spec = resolved(spec)
+    if spec.source == PYTHON_DOCS:
+        return [Part((PYTHON_DOCS,), 0)]
+    if spec.source.startswith(HUB_PREFIX):
+        files = _find_hub_files(spec)
+        if not files:  # of a kind that only `datasets` reads
+            return [Part((spec.source,), 0)]
+    else:
+        files = _find_files(spec.source)
     parts: list[Part] = []
     paths: list[str] = []
     filled = 0
-    for path, size in _find_files(spec.source):
+    for path, size in files:
         if paths and filled + size > PART_BYTES:
             parts.append(Part(tuple(paths), filled))
             paths, filled = [], 0
         paths.append(path)
         filled += size
     return [*parts, Part(tuple(paths), filled)]
+
+
+def resolved(spec: SourceSpec) -> SourceSpec:
+    """The source that a short name stands for; any other spec as it is."""
+    if spec.source == "dungeons":
+        return replace(spec, source=os.fspath(BUNDLED))
+    if spec.source not in NAMED_SOURCES:
+        return spec
+    name, config = NAMED_SOURCES[spec.source]
+    return replace(spec, source=HUB_PREFIX + name, config=SIZES.get(spec.config or "", spec.config) or config)
 
 
 def read_part(spec: SourceSpec, part: Part, counts: Counter[str] | None = None) -> Iterator[Document]:
@@ -109,7 +140,7 @@ def _read_one(spec: SourceSpec, path: str, counts: Counter[str]) -> Iterator[tup
         for name, text in python_documents():
             yield text, name
     elif path.startswith(HUB_PREFIX):
-        yield from _read_hub(spec)
+        yield from _read_hub(resolved(spec))
     else:
         yield from READERS[kind_of(path)](path, spec.text_column, counts)
 
@@ -135,7 +166,7 @@ def _find_files(source: str) -> list[tuple[str, int]]:
     if not files:
         raise SourceError(
             f"No source {source!r}: it is no file, folder or glob with matches here. Other sources are "
-            f"{PYTHON_DOCS!r} and {HUB_PREFIX}OWNER/NAME."
+            f"{PYTHON_DOCS}, dungeons, {', '.join(NAMED_SOURCES)} and {HUB_PREFIX}OWNER/NAME."
         )
     readable = {name: info for name, info in files.items() if kind_of(name) in READERS}
     if not readable:
@@ -151,6 +182,40 @@ def _find_files(source: str) -> list[tuple[str, int]]:
 
 
 # ---- the Hub
+
+
+def _find_hub_files(spec: SourceSpec) -> list[tuple[str, int]]:
+    """(hf:// path with its commit, bytes) of a Hub dataset's files, if they are of kinds that are read
+    here.
+    """
+    import datasets  # heavy, and only Hub sources need it
+    from huggingface_hub import HfApi
+
+    name = spec.source.removeprefix(HUB_PREFIX)
+    try:
+        builder = patiently(lambda: datasets.load_dataset_builder(name, spec.config, revision=spec.revision))
+        by_split = builder.config.data_files or {}
+        paths = [str(path) for path in by_split.get(spec.split, [])]
+        if by_split and not paths:
+            raise SourceError(f"{name} has no split {spec.split!r}; it has {', '.join(map(str, by_split))}.")
+        if not paths or any(not path.startswith("hf://") or kind_of(path) not in READERS for path in paths):
+            return []
+        # hf://datasets/OWNER/NAME@COMMIT/path/in/repository
+        commit = paths[0].split("@", 1)[1].split("/", 1)[0]
+        inside = [path.split("@", 1)[1].split("/", 1)[1] for path in paths]
+        sizes: dict[str, int] = {}
+        for first in range(0, len(inside), PATHS_A_REQUEST):
+            some = inside[first : first + PATHS_A_REQUEST]
+            ask = partial(HfApi().get_paths_info, name, some, repo_type="dataset", revision=commit)
+            for item in patiently(ask):
+                sizes[item.path] = getattr(item, "size", 0)
+    except SourceError:
+        raise
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"Cannot open the Hub dataset {name!r} (config {spec.config!r}, split {spec.split!r}): {error}"
+        ) from error
+    return [(path, sizes.get(where, 0)) for path, where in zip(paths, inside, strict=True)]
 
 
 def _read_hub(spec: SourceSpec) -> Iterator[tuple[str | None, str]]:

@@ -1,7 +1,10 @@
 """`python -m data.prepare`: what it writes, what it refuses, and that it goes on where it stopped."""
 
 import json
+import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -278,6 +281,83 @@ def test_the_command_ends_with_one_line_and_status_one_on_bad_input(tmp_path, ca
     error = capsys.readouterr().err
     assert error.startswith("error: No source")
     assert "Traceback" not in error
+
+
+def test_flags_that_are_missing_are_named(capsys):
+    with pytest.raises(SystemExit):
+        main([])
+    assert "--source and --output" in capsys.readouterr().err
+
+
+def test_a_plan_says_what_would_happen_and_touches_nothing(tmp_path, corpus, tokenizer_folder, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    flags = ["--source", str(corpus), "--output", str(tmp_path / "out"), "--tokenizer", tokenizer_folder]
+    assert main([*flags, "--plan"]) == 0
+    planned = capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    assert main(flags) == 0
+    assert f"about {read_manifest(tmp_path / 'out').tokens():,} tokens" in planned
+
+
+# ---- verification
+
+
+@pytest.fixture
+def finished(tmp_path, corpus, tokenizer_folder):
+    return run(tmp_path, corpus, tokenizer_folder, tokens_per_shard=1000)
+
+
+def damage_bit(folder):
+    path = folder / "train-00001.arrow"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def damage_manifest(folder):
+    fields = json.loads((folder / "manifest.json").read_text())
+    fields["shards"][0]["documents"] += 1
+    (folder / "manifest.json").write_text(json.dumps(fields))
+
+
+def damage_tokenizer(folder):
+    shutil.rmtree(folder / "tokenizer")
+    gpt2_tokenizer().save_pretrained(folder / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    "damage, complaint",
+    [
+        (damage_bit, r"train-00001\.arrow: its bytes have changed"),
+        (
+            lambda folder: os.truncate(folder / "train-00000.arrow", 99),
+            r"train-00000\.arrow has 99 bytes instead",
+        ),
+        (lambda folder: (folder / "train-00001.arrow").unlink(), r"train-00001\.arrow is missing"),
+        (lambda folder: (folder / "x.arrow").write_bytes(b""), r"x\.arrow is not in manifest\.json"),
+        (damage_manifest, r"train-00000\.arrow: it holds \d+ documents of"),
+        (damage_tokenizer, r"tokenizer/: The shards were made with"),
+        (lambda folder: shutil.rmtree(folder / "tokenizer"), r"tokenizer/: No tokenizer at"),
+        (
+            lambda folder: os.replace(folder / "train-00001.arrow", folder / "train-00000.arrow"),
+            r"train-00000\.arrow.*\n?.*train-00001\.arrow is missing",
+        ),
+    ],
+)
+def test_verification_names_what_is_wrong(finished, capsys, damage, complaint):
+    assert main(["--verify", str(finished)]) == 0
+    assert "is whole" in capsys.readouterr().out
+    damage(finished)
+    assert main(["--verify", str(finished)]) == 1
+    assert re.search(complaint, capsys.readouterr().err)
+
+
+def test_a_manifest_of_another_set_is_found(tmp_path, finished, tokenizer_folder, capsys):
+    write_corpus(tmp_path / "other.jsonl", seed=5)
+    other = run(tmp_path, tmp_path / "other.jsonl", tokenizer_folder, "other", tokens_per_shard=1000)
+    shutil.copy(other / "manifest.json", finished / "manifest.json")
+    with pytest.raises(ShardError, match=r"train-00002\.arrow has .* bytes instead of"):
+        TokenBlocks(finished, 16)
 
 
 def test_a_corpus_smaller_than_one_block_is_an_error(tmp_path, tokenizer_folder):

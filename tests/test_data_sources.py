@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from data.python_docs import extract, python_documents
-from data.sources import SourceError, SourceSpec, list_parts, read_documents
+from data.sources import SourceError, SourceSpec, list_parts, read_documents, resolved
 
 TEXTS = ["The first room.", "Zweiter Raum: größer.", "第三の部屋"]
 
@@ -101,11 +101,89 @@ def test_parts_depend_on_the_files_alone_and_cover_them(tmp_path, monkeypatch):
     assert [part.bytes for part in parts] == [9, 6, 7, 8]
 
 
+@pytest.mark.parametrize(
+    "name, config, expected",
+    [
+        ("fineweb-edu", None, ("hub:HuggingFaceFW/fineweb-edu", "sample-10BT")),
+        ("fineweb-edu", "100BT", ("hub:HuggingFaceFW/fineweb-edu", "sample-100BT")),
+        ("fineweb-edu", "full", ("hub:HuggingFaceFW/fineweb-edu", "default")),
+        ("fineweb", "CC-MAIN-2024-10", ("hub:HuggingFaceFW/fineweb", "CC-MAIN-2024-10")),
+        ("tinystories", None, ("hub:roneneldan/TinyStories", None)),
+    ],
+)
+def test_short_names_stand_for_hub_datasets(name, config, expected):
+    spec = resolved(SourceSpec(name, config=config))
+    assert (spec.source, spec.config) == expected
+
+
+WORLD = """#3001
+&gThe Temple &WOf Midgaard&n~
+   You are in the southern end of the temple hall in the Temple of Midgaard.
+The temple has been constructed from giant marble blocks, eternal in
+appearance, and most of the walls are covered by ancient wall paintings.
+   Large steps lead down through the grand temple gate, R&&B inside.
+~
+30 dh 0
+D0
+~
+~
+0 -1 3054
+E
+painting~
+An old painting of several people, none of whom you have ever met before.
+~
+S
+#3002
+A Void~
+Nothing.
+~
+30 0 0
+S
+$~
+"""
+AREA = """#AREA {{ 1 50} Diku    Crypt~
+#MOBILES
+#100
+ghost~
+a ghost~
+A ghost hovers here, and it is no room although it looks like one in the file.
+~
+#0
+#ROOMS
+#100
+{wThe {DCrypt{x~
+Cold air seeps from between the stones of this low and narrow crypt.~
+0 4 0
+S
+#0
+#RESETS
+#101
+Not a room~
+This follows the section of the rooms, and has nothing at all to do with them.
+~
+S
+#$
+"""
+
+
+def test_rooms_of_mud_worlds_are_documents_without_colour_codes(tmp_path):
+    (tmp_path / "30.wld").write_bytes(WORLD.encode())
+    (tmp_path / "crypt.are").write_bytes(AREA.replace("Cold", "Café-cold").encode("latin-1"))
+    temple, crypt = texts_of(tmp_path)
+    assert temple == (
+        "The Temple Of Midgaard\n\n"
+        "You are in the southern end of the temple hall in the Temple of Midgaard. The temple has been "
+        "constructed from giant marble blocks, eternal in appearance, and most of the walls are covered by "
+        "ancient wall paintings.\n\nLarge steps lead down through the grand temple gate, R&B inside.\n"
+    )
+    assert crypt == "The Crypt\n\nCafé-cold air seeps from between the stones of this low and narrow crypt.\n"
+
+
 # ---- bad input
 
 
 def test_a_source_that_does_not_exist_says_what_does(tmp_path):
-    with pytest.raises(SourceError, match=r"No source .*nothing.*python-docs.*hub:OWNER/NAME"):
+    with pytest.raises(SourceError, match=r"No source .*nothing.*python-docs.*fineweb-edu.*hub:OWNER/NAME"):
         texts_of(tmp_path / "nothing")
 
 
