@@ -227,3 +227,40 @@ def test_sft_trainer_packs_documents_without_leaks(tokenizer, tmp_path):
         return trainer.evaluate()["eval_loss"]
 
     assert evaluation_loss(True) == pytest.approx(evaluation_loss(False), rel=1e-5)
+
+
+def test_sft_trainer_trains_an_adapter(tokenizer, tmp_path):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    trainer = trl.SFTTrainer(
+        model=model_with(vocab_size=len(tokenizer)),
+        args=trl.SFTConfig(**arguments(tmp_path, max_steps=6, learning_rate=1e-2, max_length=64, bf16=False)),
+        train_dataset=Dataset.from_dict({"text": TEXTS}),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    trainable = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert trainable and all("lora_" in name for name in trainable)
+
+
+def test_dpo_trainer_learns_to_prefer(tokenizer, tmp_path):
+    """Its reference model is loaded from the folder that the policy came from, by Auto class."""
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    model_with(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "start")
+    model = GPTScratchForCausalLM.from_pretrained(tmp_path / "start")
+    pairs = {
+        "prompt": ["The corridor"] * 8,
+        "chosen": [" turns north."] * 8,
+        "rejected": [" is singing."] * 8,
+    }
+    trainer = trl.DPOTrainer(
+        model=model,
+        args=trl.DPOConfig(**arguments(tmp_path, max_steps=4, max_length=64, bf16=False)),
+        train_dataset=Dataset.from_dict(pairs),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    assert trainer.state.log_history[-2]["rewards/margins"] > 0
