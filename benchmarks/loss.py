@@ -119,7 +119,8 @@ def main():
             rows.append(row)
             print(
                 f"| {precision} | {name} | {row['median_ms']:,.0f} "
-                f"| {row['min_ms']:,.0f}, {row['max_ms']:,.0f} | {row['extra_mib']:,.0f} | {row['time_ratio']:.2f} | {row['memory_ratio']:.2f} |"
+                f"| {row['min_ms']:,.0f}, {row['max_ms']:,.0f} | {row['extra_mib']:,.0f} "
+                f"| {row['time_ratio']:.2f} | {row['memory_ratio']:.2f} |"
             )
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
