@@ -114,7 +114,7 @@ def main():
                 "max_ms": 1e3 * max(seconds[name]),
                 "extra_mib": memory[name],
                 "time_ratio": medians[name] / medians["plain"],
-                "memory_ratio": memory[name] / memory["plain"],
+                "memory_ratio": memory[name] / memory["plain"] if memory["plain"] else float("nan"),
             }
             rows.append(row)
             print(
