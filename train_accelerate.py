@@ -143,7 +143,7 @@ def train(
     set_seed(settings.seed + rank)  # each process draws its own dropout
     if resumed_from is not None:
         restore_checkpoint(accelerator, resumed_from, state)
-        run.continue_metrics(state.step)
+    run.continue_metrics(state.step)
 
     guard = StepGuard(device, state.skipped_steps, state.skipped_in_a_row)
     rows_in_words = partial(describe_rows, train_set, settings.seed)

@@ -34,6 +34,7 @@ TOY_SETTINGS = {
     "keep_last": 10,
     "mixed_precision": "no",
     "compile": "none",
+    "cpu_threads": 1,
 }
 
 
