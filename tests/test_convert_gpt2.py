@@ -314,7 +314,7 @@ def stock_folder(tmp_path):
 
 def test_the_command_converts_a_folder_there_and_back_with_its_tokenizer(stock_folder, tmp_path):
     ours, back = tmp_path / "ours", tmp_path / "new" / "back"
-    command = [sys.executable, "-W", "error", "-m", "modeling_gpt_scratch.convert_gpt2"]
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "modeling_gpt_scratch.convert_gpt2"]
     done = subprocess.run(
         [*command, "--from_gpt2", stock_folder, ours], cwd=REPOSITORY, capture_output=True, text=True
     )
