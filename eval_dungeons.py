@@ -100,7 +100,7 @@ def compare(arguments: argparse.Namespace) -> None:
         print(
             f"judge: {len(verdicts)} verdicts, {unusable} unusable; asked again: {judge.retries or 'never'}"
         )
-        ratings = rate(verdicts)
+        ratings = rate(verdicts) if unusable < len(verdicts) else {}  # the other numbers still stand
         for name, rating in ratings.items():
             results[name] |= {"rating": rating.value, "rating_95": [rating.low, rating.high]}
             print(f"  {name}: {rating.value:+.0f}, 95% [{rating.low:+.0f}, {rating.high:+.0f}]")

@@ -27,14 +27,18 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [["", *(COLUMNS[name] for name in shown)]]
     for writer, row in results.items():
         values = [row.get(name) for name in shown]
-        lines.append(
-            [writer, *("" if v is None else f"{v:.0f}" if abs(v) >= 10 else f"{v:.3f}" for v in values)]
-        )
+        lines.append([writer, *(_shown(value) for value in values)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     for line in lines:
         line[0] = line[0].ljust(widths[0])
         line[1:] = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
     return "\n".join("  ".join(line) for line in lines)
+
+
+def _shown(value: float | int | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if isinstance(value, int) or abs(value) >= 10 else f"{value:.3f}"
 
 
 def chart(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
