@@ -48,7 +48,7 @@ def encode_on_slurm(
     if settings.slurm_partition is None:
         raise ValueError("--executor slurm needs --slurm_partition.")
     executor = SlurmPipelineExecutor(
-        _pipeline(spec, parts, folders, tokenizer_folder),
+        _pipeline(settings, spec, parts, folders, tokenizer_folder),
         tasks=len(parts),
         time=settings.slurm_time,
         partition=settings.slurm_partition,
@@ -92,7 +92,7 @@ def encode_on_ray(
         path = os.pathsep.join(filter(None, [os.fspath(REPOSITORY), os.environ.get("PYTHONPATH")]))
         ray.init(runtime_env={"env_vars": {"PYTHONPATH": path}}, log_to_driver=False)
     RayPipelineExecutor(
-        _pipeline(spec, parts, folders, tokenizer_folder),
+        _pipeline(settings, spec, parts, folders, tokenizer_folder),
         tasks=len(parts),
         workers=settings.workers or -1,
         cpus_per_task=CPUS_PER_TASK,
@@ -109,9 +109,23 @@ def encode_on_ray(
     return folders
 
 
-def _pipeline(spec: SourceSpec, parts: list[Part], folders: list[Path], tokenizer_folder: Path) -> list:
+def _pipeline(
+    settings: PrepareSettings,
+    spec: SourceSpec,
+    parts: list[Part],
+    folders: list[Path],
+    tokenizer_folder: Path,
+) -> list:
     counts: dict[int, Counter[str]] = {}
     return [
         ReadPart(spec, parts, counts),
-        EncodePart(folders, tokenizer_folder.absolute(), CPUS_PER_TASK, None, counts, owner=None),
+        EncodePart(
+            folders,
+            tokenizer_folder.absolute(),
+            CPUS_PER_TASK,
+            None,
+            settings.contamination,
+            counts,
+            owner=None,
+        ),
     ]

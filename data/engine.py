@@ -23,6 +23,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 from tqdm import tqdm
 
+from data.contamination import question_ngrams
 from data.parts import encode_part, read_statistics
 from data.sources import Document, Part, SourceSpec, read_part
 from data.tokenizer import FastEncoder, load_tokenizer
@@ -61,12 +62,14 @@ class EncodePart(PipelineStep):
         tokenizer_folder: Path,
         threads: int | None,
         limit_tokens: int | None,
+        questions: str | None,
         counts: dict[int, Counter[str]],
         owner: tuple[str, int] | None,
     ):
         super().__init__()
         self.folders, self.tokenizer_folder, self.threads = folders, tokenizer_folder, threads
-        self.limit_tokens, self.counts, self.owner = limit_tokens, counts, owner
+        self.limit_tokens, self.questions = limit_tokens, questions
+        self.counts, self.owner = counts, owner
 
     def run(
         self, data: Iterable[PipedDocument], rank: int = 0, world_size: int = 1
@@ -83,6 +86,7 @@ class EncodePart(PipelineStep):
                 FastEncoder(tokenizer, self.threads),
                 tokenizer.eos_token_id,
                 limit_tokens=self.limit_tokens,
+                ngrams=question_ngrams(self.questions)[0] if self.questions else None,
                 advance=lambda documents, tokens: report.advance(documents, tokens, counts),
             )
             report.path.unlink(missing_ok=True)
@@ -149,6 +153,7 @@ def encode_locally(
     *,
     workers: int,
     limit_tokens: int | None,
+    questions: str | None,
     progress: bool,
 ) -> list[Path]:
     """Encode every part that is not there yet, `workers` at a time; returns the parts' folders in order.
@@ -167,7 +172,7 @@ def encode_locally(
     owner = (socket.gethostname(), os.getpid())
     pipeline = [
         ReadPart(spec, parts, counts),
-        EncodePart(folders, tokenizer_folder, threads, limit_tokens, counts, owner),
+        EncodePart(folders, tokenizer_folder, threads, limit_tokens, questions, counts, owner),
     ]
     at_once = len(parts) if limit_tokens is None else workers
     with Watch(parts, folders, progress):

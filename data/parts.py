@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.contamination import Ngrams
 from data.shards import write_atomically
 from data.sources import Document
 from data.tokenizer import FastEncoder
@@ -46,6 +47,7 @@ def encode_part(
     end_of_text: int,
     *,
     limit_tokens: int | None = None,
+    ngrams: Ngrams | None = None,
     advance: Callable[[int, int], object] = lambda documents, tokens: None,
 ) -> None:
     """Encode documents into `folder`, which appears under its name only when it is complete.
@@ -59,6 +61,7 @@ def encode_part(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     rows: list[np.ndarray] = []
+    found: list[np.ndarray] = []
     total = 0
     end = np.array([end_of_text], dtype=encoder.dtype)
     with open(temporary / "ids.bin", "wb") as file, ThreadPoolExecutor(1) as helper:
@@ -83,11 +86,15 @@ def encode_part(
             row = np.empty(len(texts), dtype=ROW)
             row["key"], row["tokens"] = list(map(content_key, texts)), lengths
             rows.append(row)
+            if ngrams is not None:
+                found.append(ngrams.found_in(texts))
             total += sum(lengths)
             advance(len(texts), sum(lengths))
         file.flush()
         os.fsync(file.fileno())
     np.save(temporary / "rows.npy", np.concatenate(rows) if rows else np.empty(0, dtype=ROW))
+    if ngrams is not None:
+        np.save(temporary / "ngrams.npy", np.unique(np.concatenate([np.empty(0, np.uint64), *found])))
     statistics = {
         "counts": dict(counts),
         "documents": sum(map(len, rows)),

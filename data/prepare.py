@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import itertools
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.assembly import DiskFullError, assemble
 from data.cluster import StillRunning, encode_on_ray, encode_on_slurm
+from data.contamination import contamination, question_ngrams
 from data.engine import encode_locally
 from data.plan import plan
 from data.settings import PrepareSettings, add_flags
@@ -44,7 +44,8 @@ from data.verify import verify
 WORK_FOLDER = ".work"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RECORDED_VERSIONS = ("datatrove", "numpy", "pyarrow", "tiktoken", "tokenizers", "transformers")
-VERIFY_DOCUMENTS = 200  # of the source, on which both encoders are compared before a run
+# How much of the source both encoders are compared on before a run, and of each document.
+VERIFY_CHARACTERS, VERIFY_CHARACTERS_EACH = 1_000_000, 50_000
 
 
 def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
@@ -74,6 +75,8 @@ def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
         if _is_finished(output, settings):  # by the process that held the lock
             return output
         _claim(work, settings)
+        if settings.contamination:
+            question_ngrams(settings.contamination)  # a wrong file is better known now than after an hour
         spec = _gather(settings.spec(), work)
         parts = _list_parts_once(spec, work)
         tokenizer = _make_tokenizer(settings, spec, output)
@@ -109,6 +112,9 @@ def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
                 shards=tuple(entries),
                 settings=settings.content(),
                 counts=counts,
+                contamination=contamination(settings.contamination, folders)
+                if settings.contamination
+                else None,
                 versions={name: version(name) for name in RECORDED_VERSIONS},
                 elapsed_seconds=round(time.monotonic() - started, 1),
             ),
@@ -220,8 +226,14 @@ def _make_tokenizer(settings: PrepareSettings, spec: SourceSpec, output: Path) -
 def _check_encoder(spec: SourceSpec, part: Part, tokenizer: PreTrainedTokenizerFast) -> None:
     """Compare both encoders on the source's own first documents, and say so if the slow one is to be used."""
     encoder = FastEncoder(tokenizer)
-    first = itertools.islice(read_part(spec, part), VERIFY_DOCUMENTS)
-    encoder.verify([document.text for document in first])
+    texts: list[str] = []
+    characters = 0
+    for document in read_part(spec, part):
+        texts.append(document.text[:VERIFY_CHARACTERS_EACH])
+        characters += len(texts[-1])
+        if characters >= VERIFY_CHARACTERS:
+            break
+    encoder.verify(texts)
     if not encoder.is_fast:
         print(f"Encoding with tokenizers, which is slower than tiktoken: {encoder.why_slow}.")
 
@@ -246,6 +258,7 @@ def _encode(
         work,
         workers=settings.workers or os.cpu_count() or 1,
         limit_tokens=settings.limit_tokens,
+        questions=settings.contamination,
         progress=progress,
     )
 
@@ -289,6 +302,12 @@ def _print_summary(output: Path, manifest: Manifest) -> None:
         "left out; "
         f"{counts['repaired']:,} with invalid UTF-8 repaired. {manifest.elapsed_seconds:,.0f} s.\n{output}"
     )
+    if found := manifest.contamination:
+        print(
+            f"{found['questions_in_corpus']:,} of {found['questions']:,} {found['evaluation']} questions "
+            "have "
+            f"{found['words_in_a_row']} words in a row in the corpus."
+        )
 
 
 # ---- the command

@@ -40,6 +40,9 @@ class PrepareSettings:
         True, "drop documents that differ from an earlier one in white space at most"
     )
     limit_tokens: int | None = _setting(None, "stop after the document that reaches this many tokens")
+    contamination: str | None = _setting(
+        None, "HellaSwag's questions (.jsonl or Hub id): count those with 13 words in a row in the corpus"
+    )
     tokens_per_shard: int = _setting(100_000_000, "tokens in a shard file, at most")
     workers: int | None = _setting(None, "processes that encode at once; default one a core")
 

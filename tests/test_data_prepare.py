@@ -168,6 +168,38 @@ def test_a_token_limit_takes_the_first_documents(tmp_path, corpus, tokenizer_fol
     assert manifest.tokens() - last < 1000 <= manifest.tokens()
 
 
+def test_questions_with_a_passage_in_the_corpus_are_counted(tmp_path, tokenizer_folder):
+    """13 words in a row, whatever the case and punctuation; 12 are not enough."""
+    question = {"ctx_b": "", "ind": 1, "activity_label": "Caving", "split": "val", "split_type": "indomain"}
+    question |= {"source_id": "activitynet~v_1", "label": 1}
+    passages = [
+        "A man climbs down a rope into a dark and narrow shaft of stone. He",
+        "A woman lights a lamp and walks through the flooded gallery below the mill. She",
+        "Two boys roll a heavy barrel along the pier while gulls are watching them. They",
+    ]
+    rows = []
+    for index, passage in enumerate(passages):
+        endings = ["sings loudly.", "rests awhile.", "falls asleep.", "goes home."]
+        rows.append({**question, "ind": index, "ctx_a": passage, "ctx": passage, "endings": endings})
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = write_corpus(tmp_path / "a.jsonl")
+    whole = "It says: a MAN climbs down a rope, into a dark and narrow shaft of stone! Then"
+    twelve = "a woman lights a lamp and walks through the flooded gallery below nothing"
+    with open(tmp_path / "a.jsonl", "a") as file:
+        for text in (whole, twelve, *(text.upper() for text in texts[:2])):
+            file.write(json.dumps({"text": text}) + "\n")
+    questions = str(tmp_path / "questions.jsonl")
+    with pytest.warns(UserWarning, match="not the official"):
+        folder = run(tmp_path, tmp_path / "a.jsonl", tokenizer_folder, contamination=questions)
+    assert read_manifest(folder).contamination == {
+        "evaluation": "HellaSwag",
+        "questions_from": "questions.jsonl",
+        "words_in_a_row": 13,
+        "questions": 3,
+        "questions_in_corpus": 1,
+    }
+
+
 # ---- interruptions and refusals
 
 
