@@ -145,20 +145,30 @@ def test_a_compiled_model_is_scored_without_compiling_again(accelerator):
 
 
 WORKER = """
-import json, sys, torch
+import copy, json, sys, torch
 from accelerate import Accelerator
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from evaluation.language_modeling import evaluate_loss
 from tests.test_evaluation_language_modeling import VOCABULARY, batches_of_uneven_size, small_gpt_scratch
 
 accelerator = Accelerator(cpu=True)
+alone = accelerator.num_processes == 1
 model = small_gpt_scratch()
-model = accelerator.prepare(model) if accelerator.num_processes > 1 else model
-assert accelerator.num_processes == 1 or type(model).__name__ == "DistributedDataParallel"
+sharded = copy.deepcopy(model)
+if not alone:
+    model = accelerator.prepare(model)
+    assert type(model).__name__ == "DistributedDataParallel"
+    for block in sharded.transformer.h:
+        fully_shard(block)
+    fully_shard(sharded)
+    assert isinstance(sharded.lm_head.weight, DTensor)
 rows, token_bytes = [], torch.arange(VOCABULARY, dtype=torch.int32) % 5
-for batches, max_batches in ((5, None), (1, None), (6, 3)):
-    mine = batches_of_uneven_size(batches)[accelerator.process_index :: accelerator.num_processes]
-    result = evaluate_loss(model, mine, accelerator, token_bytes=token_bytes, max_batches=max_batches)
-    rows.append(vars(result))
+for which in (model, sharded):
+    for batches, max_batches in ((5, None), (1, None), (6, 3)):
+        mine = batches_of_uneven_size(batches)[accelerator.process_index :: accelerator.num_processes]
+        result = evaluate_loss(which, mine, accelerator, token_bytes=token_bytes, max_batches=max_batches)
+        rows.append(vars(result))
 print("RESULT", json.dumps(rows), flush=True)
 accelerator.end_training()
 """
@@ -186,7 +196,8 @@ def run_processes(count: int) -> list[list[dict]]:
     return [json.loads(out.split("RESULT ")[1].splitlines()[0]) for out in outputs]
 
 
-def test_two_processes_agree_with_one_to_the_last_bit():
+@pytest.mark.slow
+def test_two_processes_agree_with_one_to_the_last_bit_replicated_and_sharded():
     """With an odd number of batches, fewer batches than processes, and a limit that falls unevenly."""
     (alone,) = run_processes(1)
     assert run_processes(2) == [alone, alone]
