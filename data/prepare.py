@@ -37,7 +37,8 @@ from data.shards import (
     write_atomically,
     write_manifest,
 )
-from data.sources import PYTHON_DOCS, Part, SourceSpec, list_parts, read_documents, read_part
+from data.share import find_set, push_to_hub, take_set
+from data.sources import NAMED_SOURCES, PYTHON_DOCS, Part, SourceSpec, list_parts, read_documents, read_part
 from data.tokenizer import FastEncoder, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from data.verify import verify
 
@@ -59,6 +60,10 @@ def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
     settings.validate()
     started = time.monotonic()
     output = Path(settings.output)
+    if settings.source not in (PYTHON_DOCS, *NAMED_SOURCES) and (found := find_set(settings.spec())):
+        if settings.train_tokenizer is not None:
+            raise ValueError(f"{settings.source!r} is a set of token shards: --train_tokenizer needs text.")
+        return take_set(settings.spec(), found, output)
     if _is_finished(output, settings):
         print(f"{output} is already prepared with these settings: nothing to do.")
         return output
@@ -325,11 +330,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--verify", metavar="DIR", help="check every byte of a finished shard directory instead"
     )
+    parser.add_argument(
+        "--push_to_hub", metavar="OWNER/NAME", help="upload the finished --output as a Hub dataset"
+    )
     arguments = vars(parser.parse_args(argv))
-    plan_only, verify_dir = arguments.pop("plan"), arguments.pop("verify")
+    plan_only, verify_dir, hub_name = (arguments.pop(name) for name in ("plan", "verify", "push_to_hub"))
     try:
         if verify_dir is not None:
             print(verify(Path(verify_dir)))
+            return 0
+        if hub_name and arguments["source"] is None and arguments["output"] is not None:
+            print(push_to_hub(Path(arguments["output"]), hub_name))
             return 0
         missing = [f"--{name}" for name in ("source", "output") if arguments[name] is None]
         if missing:
@@ -338,7 +349,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if plan_only:
             print(plan(settings))
         else:
-            prepare(settings)
+            output = prepare(settings)
+            if hub_name:
+                print(push_to_hub(output, hub_name))
     except StillRunning as state:
         print(state)
     except (ValueError, PermissionError, RuntimeError) as error:  # RuntimeError: a worker was killed

@@ -4,6 +4,7 @@ dataset.
 Not a test; imported by those that read from, or publish to, the Hub.
 """
 
+import base64
 import hashlib
 import json
 import random
@@ -70,6 +71,28 @@ class Handler(BaseHTTPRequestHandler):
         trouble = self.hub.trouble()
         if isinstance(trouble, int):
             return self.send(trouble, b"try again", body, {"Retry-After": "0"})
+        if path == "/api/repos/create":
+            asked = json.loads(content)
+            name = f"{asked.get('organization') or 'user'}/{asked['name']}"
+            self.hub.repositories.setdefault(name, {})
+            return self.send_json({"url": f"{self.hub.url}/datasets/{name}", "name": name}, body)
+        if path == "/api/validate-yaml":
+            return self.send_json({"errors": [], "warnings": []}, body)
+        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/preupload/[^/]+", path):
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(content)["files"]
+            ]
+            return self.send_json({"files": files}, body)
+        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/commit/[^/]+", path):
+            for line in map(json.loads, content.splitlines()):
+                if line["key"] == "file":
+                    data = base64.b64decode(line["value"]["content"])
+                    self.hub.repositories[match[1]][line["value"]["path"]] = data
+            url = f"{self.hub.url}/datasets/{match[1]}/commit/{COMMIT}"
+            return self.send_json(
+                {"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""}, body
+            )
         if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
             files = self.hub.repositories.get(match[1])
             if files is None:

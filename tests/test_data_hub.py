@@ -3,6 +3,8 @@
 import io
 import os
 import random
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -11,7 +13,7 @@ import pytest
 from data.prepare import PrepareSettings, prepare
 from data.shards import TokenBlocks, read_manifest
 from tests.hub_server import HubServer
-from tests.test_data_resilience import hashes, run, tokenizer_folder
+from tests.test_data_resilience import REPOSITORY, hashes, run, tokenizer_folder
 from tests.test_data_tokenizer import PROSE
 
 __all__ = ["tokenizer_folder"]  # a fixture
@@ -124,3 +126,31 @@ def test_a_source_can_be_looked_at_without_fetching_it(tmp_path, tokenizer_folde
     assert "2 files" in planned.stdout
     assert "000_00000.parquet" in planned.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_a_set_goes_to_the_hub_and_comes_back_whole(tmp_path, local):
+    with HubServer({}) as hub:
+        there = {**environment(hub, tmp_path), "HF_TOKEN": "hf_loopback"}
+        pushed = command_line("--output", local, "--push_to_hub", "user/shards", env=there)
+        assert pushed.returncode == 0, pushed.stderr + "\n".join(map(str, hub.served))
+        files = hub.repositories["user/shards"]
+        assert files["train-00000.arrow"] == (local / "train-00000.arrow").read_bytes()
+        card = files["README.md"].decode()
+        assert "path: train-*.arrow" in card
+        assert f"{read_manifest(local).tokens():,} tokens" in card
+        back = command_line("--source", "hub:user/shards", "--output", tmp_path / "back", env=there)
+        assert back.returncode == 0, back.stderr + "\n".join(map(str, hub.served))
+        again = command_line("--source", "hub:user/shards", "--output", tmp_path / "back", env=there)
+        assert "nothing to do" in again.stdout
+        files["train-00000.arrow"] = files["train-00000.arrow"][:-1] + b"x"
+        damaged = command_line("--source", "hub:user/shards", "--output", tmp_path / "bad", env=there)
+    assert (tmp_path / "back" / "manifest.json").read_bytes() == (local / "manifest.json").read_bytes()
+    assert TokenBlocks(tmp_path / "back", 64, check_hashes=True)[0]
+    assert damaged.returncode == 1
+    assert "train-00000.arrow" in damaged.stderr
+    assert not (tmp_path / "bad").exists()
+
+
+def command_line(*arguments, env):
+    command = [sys.executable, "-m", "data.prepare", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120)
