@@ -24,7 +24,10 @@ def proportion(successes: int, total: int) -> Proportion:
     z, share = NORMAL_QUANTILE_975, successes / total
     middle = (share + z**2 / (2 * total)) / (1 + z**2 / total)
     half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2)) / (1 + z**2 / total)
-    return Proportion(share, max(0.0, middle - half), min(1.0, middle + half), total)
+    # At the ends the two terms are equal but for rounding.
+    low = middle - half if successes else 0.0
+    high = middle + half if successes < total else 1.0
+    return Proportion(share, low, high, total)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ def test_the_wilson_interval_of_a_textbook_case():
 
 
 def test_the_interval_never_leaves_zero_to_one_nor_shrinks_to_a_point():
-    assert proportion(0, 20).low == 0.0 and proportion(0, 20).high > 0.1
+    assert proportion(0, 12).low == 0.0 == proportion(0, 20).low and proportion(0, 20).high > 0.1
     assert proportion(20, 20).high == 1.0 and proportion(20, 20).low < 0.9
     with pytest.raises(ValueError, match="0 trials"):
         proportion(0, 0)
