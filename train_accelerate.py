@@ -38,7 +38,7 @@ from training.checkpoint import (
 )
 from training.device import start_accelerator, start_processes
 from training.export import export_model, how_to_load, pretrained_companions
-from training.guard import StepGuard
+from training.guard import StepGuard, check_weights
 from training.interruption import Interruptions
 from training.journal import Journal
 from training.objective import count_targets, language_modeling_loss, to_device
@@ -57,26 +57,11 @@ Objective = Callable[[nn.Module, Mapping[str, Tensor], Tensor], Tensor]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Shards, tokenizer and a fresh model from the settings; then the loop."""
+    """Settings, data, a fresh model; then the loop."""
     try:
         settings = parse_settings(TrainSettings, argv, default_config=ROOT / "recipes" / "demo.yaml")
         tokenizer, train_set, eval_set = prepare_data(settings)
-        set_seed(settings.seed)
-        model = GPTScratchForCausalLM(
-            GPTScratchConfig(
-                vocab_size=-(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
-                n_positions=settings.block_size,
-                n_layer=settings.n_layer,
-                n_head=settings.n_head,
-                n_embd=settings.n_embd,
-                resid_pdrop=settings.dropout,
-                embd_pdrop=settings.dropout,
-                attn_pdrop=settings.dropout,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        model = build_model(settings, tokenizer)
         train(settings, model, tokenizer, train_set, eval_set, collate_blocks, language_modeling_loss)
     except SettingsError as error:
         if start_processes().is_main_process:
@@ -104,6 +89,25 @@ def prepare_data(settings: TrainSettings) -> tuple[PreTrainedTokenizerFast, Toke
         return tokenizer, train_set, TokenBlocks(shards, settings.block_size, "validation")
     except ValueError as error:
         raise SettingsError(str(error)) from error
+
+
+def build_model(settings: TrainSettings, tokenizer: PreTrainedTokenizerFast) -> GPTScratchForCausalLM:
+    """A fresh model, the same from the same seed on every process."""
+    set_seed(settings.seed)
+    config = GPTScratchConfig(
+        vocab_size=-(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
+        n_positions=settings.block_size,
+        n_layer=settings.n_layer,
+        n_head=settings.n_head,
+        n_embd=settings.n_embd,
+        resid_pdrop=settings.dropout,
+        embd_pdrop=settings.dropout,
+        attn_pdrop=settings.dropout,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return GPTScratchForCausalLM(config)
 
 
 def train(
@@ -209,6 +213,8 @@ def train(
             saves = is_last or bool(stop) or agreed.save or state.step % settings.save_every_steps == 0
             if evaluates or samples or saves or state.step % settings.log_every_steps == 0:
                 journal.flush(state)
+            if evaluates or samples:
+                check_weights(accelerator, model, state.step)
             if evaluates:
                 validation = loader(eval_set, seed=None)
                 result = evaluate_loss(

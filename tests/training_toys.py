@@ -38,12 +38,12 @@ TOY_SETTINGS = {
 }
 
 
-def write_toy_shards(folder: Path, seed: int = 0) -> Path:
+def write_toy_shards(folder: Path, seed: int = 0, documents: int = 400) -> Path:
     """Shards of some hundred made-up sentences with a tokenizer trained on them."""
     words = ["the", "model", "token", "learns", "reads", "dungeon", "loss", "step", "and", "never", "deep"]
     randomness = random.Random(seed)
     lines = []
-    for _ in range(400):
+    for _ in range(documents):
         text = " ".join(randomness.choices(words, k=randomness.randint(10, 60)))
         lines.append(json.dumps({"text": text.capitalize() + "."}))
     folder.mkdir(parents=True, exist_ok=True)

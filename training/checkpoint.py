@@ -156,7 +156,11 @@ class BackgroundWriter:
                 f"{self._last_failure} Until then training goes on, and the next checkpoint tries again."
             )
         else:
-            self._last_failure, self._is_hopeless = f"A checkpoint was refused: {error}.", True
+            self._is_hopeless = True
+            self._last_failure = (
+                f"A checkpoint was refused: {error}. The same command goes on from the one before, which is "
+                "good. If it ends here again, lower the learning rate."
+            )
 
     def cannot_go_on(self) -> bool:
         """Whether the run should end because its checkpoints fail. Waits for nothing."""

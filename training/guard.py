@@ -4,8 +4,12 @@ import statistics
 from collections import deque
 
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from training.settings import SettingsError
 
 SPIKE_WINDOW_STEPS = 64
 # Median absolute deviations; of normally distributed losses, one in ten million is so far up.
@@ -40,6 +44,23 @@ class StepGuard:
         """Skipped steps in total and in a row up to now. Waits for the device."""
         total, in_a_row = self._counts.tolist()
         return int(total), int(in_a_row)
+
+
+def check_weights(accelerator: Accelerator, model: nn.Module, step: int) -> None:
+    """Look at every weight before the model is asked for text: NaN logits crash sampling, on a GPU for good.
+
+    Raises:
+        SettingsError: on every process, if any process holds a weight that is not finite.
+    """
+    parameters = [parameter.detach() for parameter in model.parameters()]
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    bad = torch.stack([(~torch.isfinite(tensor)).sum() for tensor in local]).sum()
+    count = int(accelerator.reduce(bad, "sum").item())
+    if count:
+        raise SettingsError(
+            f"{count:,} weights are not finite after step {step:,}. They were not saved: the same command "
+            "goes on from the newest checkpoint, which is good. If it ends here again, lower learning_rate."
+        )
 
 
 class SpikeWatch:

@@ -1,0 +1,41 @@
+"""The table in docs/reliability.md is what the tests here say of themselves when all of them pass.
+
+`WRITE_RELIABILITY=1 pytest -m slow tests/torture` writes it.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
+BEGIN, END = "<!-- table: written by tests/torture -->\n", "<!-- end of table -->\n"
+ROWS = pytest.StashKey[dict]()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "fault(what, promise): a row of docs/reliability.md")
+    config.stash[ROWS] = {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    marker = item.get_closest_marker("fault")
+    if marker is not None and call.when == "call":
+        passed, total = item.config.stash[ROWS].get(marker.args, (0, 0))
+        item.config.stash[ROWS][marker.args] = (passed + report.passed, total + 1)
+    return report
+
+
+def pytest_sessionfinish(session, exitstatus):
+    rows = session.config.stash[ROWS]
+    if (
+        os.environ.get("WRITE_RELIABILITY")
+        and rows
+        and all(passed == total for passed, total in rows.values())
+    ):
+        lines = ["| what happens | what the run promises | tried |\n", "|---|---|---|\n"]
+        lines += [f"| {what} | {promise} | {total} × |\n" for (what, promise), (_, total) in rows.items()]
+        before, _, rest = TABLE.read_text(encoding="utf-8").partition(BEGIN)
+        TABLE.write_text(before + BEGIN + "".join(lines) + END + rest.partition(END)[2], encoding="utf-8")

@@ -1,0 +1,16 @@
+"""docs/reliability.md promises what is tried, no more and no less."""
+
+import test_training_torture as torture
+from conftest import BEGIN, END, TABLE
+
+
+def test_the_table_has_a_row_for_each_fault_that_is_tried():
+    markers = [
+        mark.args
+        for test in vars(torture).values()
+        for mark in getattr(test, "pytestmark", [])
+        if mark.name == "fault"
+    ]
+    table = TABLE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    rows = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in table.splitlines()[2:]]
+    assert rows == markers

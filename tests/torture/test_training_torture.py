@@ -1,0 +1,373 @@
+"""What the training run promises when something goes wrong, each promise tried for real."""
+
+import json
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import faults
+import pytest
+import torch
+from faults import PROCESSES, Outcome, run
+from safetensors.torch import load_file
+from training_toys import metrics_of, write_toy_shards
+
+from training.checkpoint import MARKER, complete_checkpoints, latest_checkpoint
+
+pytestmark = pytest.mark.slow
+
+# Ten steps, saved after 3, 6, 9 and 10; dropout, so that a lost random state would show.
+STEPS = {
+    "max_steps": 10,
+    "save_every_steps": 3,
+    "eval_every_steps": 5,
+    "sample_every_steps": 5,
+    "dropout": 0.1,
+}
+FILES_OF_A_CHECKPOINT = 12  # with the marker
+FILES_BEFORE = 2  # settings.yaml and data.json of the run directory
+SECOND_CHECKPOINT = range(FILES_BEFORE + FILES_OF_A_CHECKPOINT, FILES_BEFORE + 2 * FILES_OF_A_CHECKPOINT)
+
+# Spelt out above the table.
+SAME = "*same end*"
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    faults.start_fork_server()
+    return write_toy_shards(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture
+def settings(shards, tmp_path) -> dict:
+    return {**STEPS, "shards": shards, "run_dir": tmp_path / "run"}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(shards, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert run({**STEPS, "shards": shards, "run_dir": folder}).code == 0
+    return folder
+
+
+def finish(settings: dict, **changes) -> Outcome:
+    """Run the same command again; it must reach the end."""
+    outcome = run({**settings, **changes})
+    assert outcome.code == 0, outcome.text
+    assert "The model is in" in outcome.text
+    return outcome
+
+
+def assert_like(undisturbed: Path, settings: dict) -> None:
+    ends = [latest_checkpoint(folder) for folder in (undisturbed, settings["run_dir"])]
+    assert ends[0].name == ends[1].name == "step-0000010"
+    for name in ("model.safetensors", "optimizer.safetensors", "random_states.safetensors"):
+        assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes(), name
+    assert metrics_of(undisturbed) == metrics_of(settings["run_dir"])
+    # What a crash leaves half written is gone, but for a folder that only its marker was missing from.
+    left = [path for path in settings["run_dir"].rglob(".*") if ".incomplete" not in str(path)]
+    assert [path.name for path in left] == [".lock"]
+
+
+KILL = "`kill -9`"
+
+
+@pytest.mark.fault(f"{KILL} in the middle of writing each file of a checkpoint", SAME)
+@pytest.mark.parametrize("number", SECOND_CHECKPOINT)
+def test_killed_while_a_file_of_a_checkpoint_is_written(undisturbed, settings, number):
+    """Of the second checkpoint, so that there is one to go back to."""
+    assert run(settings, faults.kill_in_file_write, number).code == -signal.SIGKILL
+    assert list(complete_checkpoints(settings["run_dir"])) == [3]
+    assert "Going on from step 3" in finish(settings).text
+    assert_like(undisturbed, settings)
+
+
+def test_a_checkpoint_has_as_many_files_as_are_killed(undisturbed):
+    assert len(list(latest_checkpoint(undisturbed).iterdir())) == FILES_OF_A_CHECKPOINT
+
+
+@pytest.mark.fault(f"{KILL} during the first checkpoint of a run", SAME)
+@pytest.mark.parametrize(
+    "fault", [(faults.kill_in_file_write, FILES_BEFORE + 9), (faults.kill_before_rename, 0)]
+)
+def test_killed_before_the_first_checkpoint(undisturbed, settings, fault):
+    assert run(settings, *fault).code == -signal.SIGKILL
+    assert "A new run in" in finish(settings).text
+    assert_like(undisturbed, settings)
+
+
+@pytest.mark.fault(f"{KILL} just before a checkpoint gets its name", SAME)
+@pytest.mark.parametrize("number", [1, 2])
+def test_killed_before_the_rename(undisturbed, settings, number):
+    assert run(settings, faults.kill_before_rename, number).code == -signal.SIGKILL
+    finish(settings)
+    assert_like(undisturbed, settings)
+
+
+@pytest.mark.fault("killed at random moments, again and again in one run", SAME)
+def test_killed_at_random_moments(undisturbed, settings):
+    kills = 0
+    for seed in range(20):
+        if (settings["run_dir"] / "export").exists():
+            break
+        kills += run(settings, faults.kill_at_random_moment, seed).code == -signal.SIGALRM
+    assert kills >= 3
+    run(settings)
+    assert_like(undisturbed, settings)
+
+
+@pytest.mark.fault(
+    "SIGTERM, SIGINT or SIGUSR1 in accumulation, update, validation, sampling or a checkpoint",
+    f"the step is finished and saved, exit code 0, a line says how to go on; {SAME}",
+)
+@pytest.mark.parametrize("phase", ["accumulation", "update", "validation", "sampling", "checkpoint"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_in_each_phase(undisturbed, settings, phase, name):
+    stopped = run(settings, faults.signal_in, phase, getattr(signal, name))
+    assert stopped.code == 0, stopped.text
+    assert "a signal asked for it. The same command goes on" in stopped.text
+    assert not (settings["run_dir"] / "export").exists()
+    finish(settings)
+    assert_like(undisturbed, settings)
+
+
+@pytest.mark.fault(
+    "the file STOP appears in the run directory",
+    f"as for a signal, and the file is removed; {SAME}",
+)
+def test_a_stop_file(undisturbed, settings):
+    def when_training() -> None:
+        deadline = time.monotonic() + 60
+        while not (settings["run_dir"] / "metrics.jsonl").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (settings["run_dir"] / "STOP").touch()
+
+    slow = {**settings, "max_steps": 100_000, "warmup_steps": 2}
+    watcher = threading.Thread(target=when_training)
+    watcher.start()
+    stopped = run(slow)
+    watcher.join()
+    assert stopped.code == 0 and "the file STOP asked for it" in stopped.text
+    assert not (settings["run_dir"] / "STOP").exists()
+
+
+@pytest.mark.fault(
+    "one of two processes is killed",
+    f"the other ends with an error instead of waiting for ever; {SAME}",
+)
+def test_one_of_two_processes_is_killed(shards, settings, tmp_path):
+    reference = {**settings, "run_dir": tmp_path / "reference"}
+    assert run(reference, processes=2).code == 0
+    assert run(settings, faults.kill_one_of_two, processes=2).code != 0
+    outcome = run(settings, processes=2)
+    assert outcome.code == 0 and "Going on from step 3" in outcome.text
+    assert_like(reference["run_dir"], settings)
+
+
+@pytest.mark.fault("SIGTERM reaches one of two processes", f"both stop after the same step; {SAME}")
+def test_a_signal_to_one_of_two_processes(shards, settings, tmp_path):
+    reference = {**settings, "run_dir": tmp_path / "reference"}
+    assert run(reference, processes=2).code == 0
+    stopped = run(settings, faults.signal_in, "sampling", signal.SIGTERM, processes=2)
+    assert stopped.code == 0 and stopped.text.count("Stopped after step") == 1, stopped.text
+    assert run(settings, processes=2).code == 0
+    assert_like(reference["run_dir"], settings)
+
+
+@pytest.mark.fault(
+    "the disk is full during a checkpoint, and has room again later",
+    "a warning names cause and cure; training goes on and saves at the next occasion; the end is the same",
+)
+def test_a_full_disk_for_a_while(undisturbed, settings):
+    outcome = run(settings, faults.disk_full, 2, 5)
+    assert outcome.code == 0, outcome.text
+    assert outcome.text.count("A checkpoint could not be written") == 1 and "make room" in outcome.text
+    assert list(complete_checkpoints(settings["run_dir"])) == [6, 9, 10]
+    assert_like(undisturbed, settings)
+
+
+@pytest.mark.fault(
+    "the disk is full and stays so",
+    f"after three failures in a row the run ends with an error that names cause and cure; then {SAME}",
+)
+def test_a_full_disk_for_good(undisturbed, settings):
+    outcome = run(settings, faults.disk_full, 4, 1000)
+    assert outcome.code == 1
+    assert "error: A checkpoint could not be written" in outcome.text and "make room" in outcome.text
+    assert list(complete_checkpoints(settings["run_dir"])) == [3]
+    finish(settings)
+    assert_like(undisturbed, settings)
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "emptied":
+        path.write_bytes(b"")
+    elif how == "a bit flipped":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    else:
+        path.unlink()
+
+
+DAMAGES = ["truncated", "a bit flipped", "emptied", "missing"]
+DAMAGED_FILES = ["model.safetensors", "optimizer.safetensors", "training_state.json"]
+
+
+@pytest.mark.fault(
+    "the newest checkpoint is truncated, bit-flipped, emptied or lacks a file",
+    f"it is set aside with a warning that names the file, and the one before it is used: {SAME}",
+)
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("file", DAMAGED_FILES)
+def test_a_damaged_checkpoint(undisturbed, settings, how, file):
+    shutil.copytree(undisturbed, settings["run_dir"])
+    shutil.rmtree(settings["run_dir"] / "export")
+    damage(settings["run_dir"] / "checkpoints" / "step-0000010" / file, how)
+    outcome = finish(settings)
+    assert f"step-0000010 is damaged: {file}" in outcome.text and "Going on from step 9" in outcome.text
+    assert (settings["run_dir"] / "checkpoints" / "step-0000010.damaged").exists()
+    assert_like(undisturbed, settings)
+
+
+@pytest.mark.fault(
+    "the newest checkpoint's marker is missing or unreadable",
+    f"it is not used but set aside with a warning: {SAME}",
+)
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_marker(undisturbed, settings, how):
+    shutil.copytree(undisturbed, settings["run_dir"])
+    damage(settings["run_dir"] / "checkpoints" / "step-0000010" / MARKER, how)
+    outcome = run(settings)
+    assert outcome.code == 0, outcome.text
+    assert any(f"step-0000010.{why}" in outcome.text for why in ("incomplete", "damaged"))
+    assert "Going on from step 9" in outcome.text
+    assert_like(undisturbed, settings)
+
+
+@pytest.mark.fault("all checkpoints are damaged", f"all are set aside, and training starts again: {SAME}")
+def test_nothing_but_damaged_checkpoints(undisturbed, settings):
+    shutil.copytree(undisturbed, settings["run_dir"])
+    shutil.rmtree(settings["run_dir"] / "export")
+    for folder in complete_checkpoints(settings["run_dir"]).values():
+        damage(folder / "model.safetensors", "truncated")
+    assert finish(settings).text.count("Set aside") == 4
+    assert_like(undisturbed, settings)
+
+
+@pytest.mark.fault(
+    "the shards are others than when the run began",
+    "refused: the error says that the data changed, and how to go on or start anew",
+)
+def test_changed_shards(undisturbed, settings, tmp_path):
+    shutil.copytree(undisturbed, settings["run_dir"])
+    outcome = run({**settings, "shards": write_toy_shards(tmp_path / "other", seed=1)})
+    assert outcome.code == 1 and "training data: " in outcome.text and "--allow_change" in outcome.text
+
+
+BAD_STATE = (
+    "a step that is not finite changes nothing, no checkpoint of it is kept, after max_skipped_steps (or at "
+    f"the next validation) the run ends with an error that names step, data and cure; {SAME}"
+)
+
+
+@pytest.mark.fault("a NaN in the weights", BAD_STATE)
+@pytest.mark.parametrize("step", [5, 6])
+def test_nan_in_the_weights(undisturbed, settings, step):
+    outcome = run({**settings, "max_skipped_steps": 3}, faults.spoil_weights, step)
+    assert outcome.code == 1 and "lower the learning rate" in outcome.text, outcome.text
+    if step == 5:
+        assert "A checkpoint was refused: transformer.wte.weight holds values that" in outcome.text
+    else:
+        assert "were not finite in 3 steps in a row, the last being step 9" in outcome.text
+        assert "train-00000.arrow, documents " in outcome.text
+    assert f"Going on from step {step // 3 * 3}" in finish(settings, max_skipped_steps=3).text
+    assert_like(undisturbed, settings)
+
+
+@pytest.mark.fault("a NaN in the optimizer's state", BAD_STATE)
+@pytest.mark.parametrize("step", [4, 5])
+def test_nan_in_the_optimizer_state(undisturbed, settings, step):
+    """Before step 6 the spoiled update is what the checkpoint of step 6 would have saved."""
+    outcome = run({**settings, "max_skipped_steps": 3}, faults.spoil_optimizer_state, step)
+    assert outcome.code == 1 and "not finite" in outcome.text, outcome.text
+    assert list(complete_checkpoints(settings["run_dir"])) == [3]
+    finish(settings, max_skipped_steps=3)
+    assert_like(undisturbed, settings)
+
+
+@pytest.mark.fault(
+    "a NaN in a gradient, once",
+    "that update is skipped and counted: weights, moments and step counts stay, and training goes on",
+)
+def test_nan_in_a_gradient(settings):
+    outcome = run({**settings, "save_every_steps": 1}, faults.spoil_gradient, 5)
+    assert outcome.code == 0 and "step 6: loss or gradients were not finite" in outcome.text
+    before, after, later = (settings["run_dir"] / "checkpoints" / f"step-000000{step}" for step in (5, 6, 7))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (before / name).read_bytes() == (after / name).read_bytes() != (later / name).read_bytes()
+    assert (
+        json.loads((latest_checkpoint(settings["run_dir"]) / "training_state.json").read_text())[
+            "skipped_steps"
+        ]
+        == 1
+    )
+    assert [line["step"] for line in metrics_of(settings["run_dir"]) if line.get("skipped")] == [6]
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(later / "model.safetensors").values())
+
+
+@pytest.mark.fault(
+    "the wall clock jumps by days", "nothing: times are measured by a clock that does not jump"
+)
+def test_a_clock_that_jumps(undisturbed, settings):
+    outcome = run({**settings, "max_minutes": 60, "save_every_minutes": 60}, faults.jumping_clock)
+    assert outcome.code == 0
+    lines = [json.loads(line) for line in (settings["run_dir"] / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["elapsed_seconds"] < 120 for line in lines if "elapsed_seconds" in line)
+    assert_like(undisturbed, settings)
+
+
+@pytest.mark.fault(
+    "a second run is started in the same directory",
+    "it is refused and names the first one's process; the first is not disturbed",
+)
+def test_two_runs_in_one_directory(undisturbed, settings, tmp_path):
+    flag = settings["run_dir"] / "waiting"
+    fault = (faults.wait_while_file_exists, 5, str(flag))
+    first = PROCESSES.Process(target=faults.train, args=(settings, fault, {}, str(tmp_path / "first.log")))
+    first.start()
+    while not flag.exists():
+        assert first.is_alive(), (tmp_path / "first.log").read_text()
+        time.sleep(0.02)
+    second = run(settings)
+    assert (
+        second.code == 1 and f"another run is using {settings['run_dir']} (process {first.pid}" in second.text
+    )
+    flag.unlink()
+    first.join(60)
+    assert first.exitcode == 0
+    assert_like(undisturbed, settings)
+
+
+@pytest.mark.fault(
+    "the run directory cannot be written",
+    "the run does not start; the error names the folder, the cause and the cure",
+)
+def test_an_unwritable_run_directory(settings):
+    """/proc takes no folders from anybody, root included."""
+    outcome = run({**settings, "run_dir": "/proc/no-such-folder"})
+    assert outcome.code == 1 and "could not be written to /proc/no-such-folder" in outcome.text, outcome.text
+
+
+@pytest.mark.fault(
+    "a tracker raises", "it is left out with a warning, and training goes on as if it were not there"
+)
+def test_a_tracker_that_raises(undisturbed, settings):
+    outcome = run(settings, faults.raising_tracker)
+    assert outcome.code == 0 and "The tracker gone failed and is left out: ConnectionError" in outcome.text
+    assert_like(undisturbed, settings)
