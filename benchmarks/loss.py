@@ -96,7 +96,7 @@ def main():
     )
     rows = []
     for precision in arguments.precision:
-        seconds = {name: [] for name in LOSSES}
+        seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
         for round_number in range(arguments.rounds + 1):
             for name, loss in LOSSES.items():
                 start = time.perf_counter()

@@ -10,6 +10,7 @@ N = B * T, S tokens attended to (the cache's and the new ones).
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -134,14 +135,14 @@ def linear_cross_entropy(hidden_states, weight, targets, num_items_in_batch=None
     Returns:
         A 0-d float32 tensor, in nats per target.
     """
-    device_type = hidden_states.device.type
-    dtype = (
-        torch.get_autocast_dtype(device_type)
-        if torch.is_autocast_enabled(device_type)
-        else hidden_states.dtype
-    )
+    device_type, dtype = hidden_states.device.type, hidden_states.dtype
+    without_autocast: AbstractContextManager = nullcontext()
+    if torch.amp.is_autocast_available(device_type):  # not on the meta device
+        without_autocast = torch.autocast(device_type, enabled=False)
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
     # The products are in `dtype` by our own hand; autocast would only cast, and cache, the weight once more.
-    with torch.autocast(device_type, enabled=False):
+    with without_autocast:
         if torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad):
             loss = _SummedLinearCrossEntropy.apply(
                 hidden_states, weight, targets, ignore_index, dtype, weight.requires_grad

@@ -1,5 +1,6 @@
 """Generation through transformers' own `generate` and `pipeline`, with every strategy people use."""
 
+import shutil
 import warnings
 
 import pytest
@@ -75,6 +76,10 @@ def test_an_assistant_changes_the_speed_and_not_the_tokens(model, expected):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")),
+    reason="torch.compile for the CPU needs a C++ compiler, and this machine has none",
+)
 def test_compiled_decoding_with_a_static_cache_gives_the_tokens_of_no_cache(model, expected):
     compiled = GPTScratchForCausalLM(model.config).eval()
     compiled.load_state_dict(model.state_dict())

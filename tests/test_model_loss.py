@@ -1,11 +1,18 @@
 """The loss that never holds the whole logits is the plain loss, in value and in gradient."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, linear_cross_entropy
 from modeling_gpt_scratch.modeling_gpt_scratch import LOSS_CHUNK_ROWS
+
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")),
+    reason="torch.compile for the CPU needs a C++ compiler, and this machine has none",
+)
 
 
 @pytest.fixture
@@ -188,6 +195,7 @@ def test_a_loss_function_that_the_user_sets_is_used(model):
     assert model(input_ids, labels=labels).loss == 42
 
 
+@needs_compiler
 @pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_training_step_is_one_graph_and_takes_the_eager_gradient(autocast):
     torch.manual_seed(0)
@@ -201,6 +209,13 @@ def test_compiled_training_step_is_one_graph_and_takes_the_eager_gradient(autoca
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     # Fused kernels round less often: bfloat16 steps are 2^-8 wide, float32's sums differ by their order.
     assert error_against(gradients[0].double(), gradients[1]) < (0.02 if autocast else 1e-5)
+
+
+def test_the_training_forward_traces_on_the_meta_device():
+    with torch.device("meta"):
+        model = GPTScratchForCausalLM(GPTScratchConfig.preset("tiny")).train()
+        input_ids = torch.zeros(2, 20, dtype=torch.long)
+    assert model(input_ids, labels=input_ids).loss.shape == ()
 
 
 def test_untied_head_gets_its_own_gradient():

@@ -12,6 +12,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 def write_run(folder, steps=50):
     folder.mkdir()
     lines = [{"step": i, "tokens": 100 * i, "loss": 8 / i} for i in range(1, steps + 1)]
+    lines[2]["loss"] = None  # a step that was skipped because its loss was not finite
     lines.append({"step": steps, "tokens": 100 * steps, "validation_loss": 1.5, "bits_per_byte": 1.0})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder

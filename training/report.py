@@ -50,8 +50,8 @@ def draw_losses(run_dirs: Sequence[Path | str], picture: Path | str) -> Path:
 
     figure, axes = pyplot.subplots(figsize=(8, 4.2), dpi=140, layout="constrained")
     for colour, (name, metrics) in enumerate(runs.items()):
-        trained = [line for line in metrics if "loss" in line]
-        validated = [line for line in metrics if "validation_loss" in line]
+        trained = [line for line in metrics if line.get("loss") is not None]
+        validated = [line for line in metrics if line.get("validation_loss") is not None]
         window = max(1, int(SMOOTHING_PART * len(trained)))
         losses = [line["loss"] for line in trained]
         smooth = [
