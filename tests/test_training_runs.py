@@ -33,9 +33,14 @@ CONFIGS = ROOT / "accelerate_configs"
 
 
 def train_here(**settings) -> None:
+    """A run of the toy in this process."""
+    train_flags_here(as_flags({**TOY, **settings}))
+
+
+def train_flags_here(flags: list[str]) -> None:
     """A run in this process, as if it were a new one."""
     try:
-        main(as_flags({**TOY, **settings}))
+        main(flags)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
@@ -187,6 +192,17 @@ def test_two_processes_take_the_same_steps_as_one(finished, shards, tmp_path):
     weights = [load_file(folder / "export" / "model.safetensors") for folder in (finished, run)]
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["gpt2_124m", "gpt2_350m", "gpt2_774m", "gpt2_1558m", "demo"])
+def test_every_recipe_takes_steps_at_toy_size(shards, tmp_path, recipe):
+    """Sizes are the toy's; all else, such as activation checkpointing, is the recipe's."""
+    keys = ("block_size", "n_layer", "n_head", "n_embd", "batch_tokens", "micro_batch_size", "eval_tokens")
+    small = {key: TOY[key] for key in (*keys, "sample_tokens", "cpu_threads")}
+    config = ROOT / "recipes" / f"{recipe}.yaml"
+    flags = as_flags({**small, "config": config, "shards": shards, "run_dir": tmp_path / "run"})
+    train_flags_here([*flags, "--max_steps", "3", "--warmup_steps", "1", "--sample_prompts", "The"])
+    assert [line["step"] for line in metrics_of(tmp_path / "run") if "loss" in line] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("config", ["cpu", "single_gpu"])

@@ -4,12 +4,10 @@
 """
 
 import os
-from pathlib import Path
 
 import pytest
+from reliability_table import BEGIN, END, TABLE
 
-TABLE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
-BEGIN, END = "<!-- table: written by tests/torture -->\n", "<!-- end of table -->\n"
 ROWS = pytest.StashKey[dict]()
 
 

@@ -1,7 +1,7 @@
 """docs/reliability.md promises what is tried, no more and no less."""
 
 import test_training_torture as torture
-from conftest import BEGIN, END, TABLE
+from reliability_table import BEGIN, END, TABLE
 
 
 def test_the_table_has_a_row_for_each_fault_that_is_tried():
