@@ -27,7 +27,12 @@ class StillRunning(Exception):
 
 
 def encode_on_slurm(
-    settings: PrepareSettings, spec: SourceSpec, parts: list[Part], tokenizer_folder: Path, work: Path
+    settings: PrepareSettings,
+    spec: SourceSpec,
+    parts: list[Part],
+    tokenizer_folder: Path,
+    work: Path,
+    why_slow: str | None,
 ) -> list[Path]:
     """Submit an array job for the parts that are not there; returns their folders once all are.
 
@@ -48,7 +53,7 @@ def encode_on_slurm(
     if settings.slurm_partition is None:
         raise ValueError("--executor slurm needs --slurm_partition.")
     executor = SlurmPipelineExecutor(
-        _pipeline(settings, spec, parts, folders, tokenizer_folder),
+        _pipeline(settings, spec, parts, folders, tokenizer_folder, why_slow),
         tasks=len(parts),
         time=settings.slurm_time,
         partition=settings.slurm_partition,
@@ -80,7 +85,12 @@ def _is_queued(job: str) -> bool:
 
 
 def encode_on_ray(
-    settings: PrepareSettings, spec: SourceSpec, parts: list[Part], tokenizer_folder: Path, work: Path
+    settings: PrepareSettings,
+    spec: SourceSpec,
+    parts: list[Part],
+    tokenizer_folder: Path,
+    work: Path,
+    why_slow: str | None,
 ) -> list[Path]:
     """Encode the parts that are not there yet on the Ray cluster that RAY_ADDRESS names, or on one started
     here.
@@ -92,7 +102,7 @@ def encode_on_ray(
         path = os.pathsep.join(filter(None, [os.fspath(REPOSITORY), os.environ.get("PYTHONPATH")]))
         ray.init(runtime_env={"env_vars": {"PYTHONPATH": path}}, log_to_driver=False)
     RayPipelineExecutor(
-        _pipeline(settings, spec, parts, folders, tokenizer_folder),
+        _pipeline(settings, spec, parts, folders, tokenizer_folder, why_slow),
         tasks=len(parts),
         workers=settings.workers or -1,
         cpus_per_task=CPUS_PER_TASK,
@@ -115,6 +125,7 @@ def _pipeline(
     parts: list[Part],
     folders: list[Path],
     tokenizer_folder: Path,
+    why_slow: str | None,
 ) -> list:
     counts: dict[int, Counter[str]] = {}
     return [
@@ -123,6 +134,7 @@ def _pipeline(
             folders,
             tokenizer_folder.absolute(),
             CPUS_PER_TASK,
+            why_slow,
             None,
             settings.contamination,
             counts,

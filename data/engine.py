@@ -7,6 +7,7 @@ temporary name that nothing reads. The results do not depend on how many tasks r
 from __future__ import annotations
 
 import _thread
+import functools
 import json
 import os
 import socket
@@ -29,6 +30,15 @@ from data.sources import Document, Part, SourceSpec, read_part
 from data.tokenizer import FastEncoder, load_tokenizer
 
 REPORT_SECONDS = 1.0  # how often tasks say how far they are
+
+
+@functools.cache
+def encoder_for(tokenizer_folder: Path, threads: int | None) -> tuple[FastEncoder, int]:
+    """The encoder and the end-of-text id; made once a process, because it takes as long as a million tokens
+    do.
+    """
+    tokenizer = load_tokenizer(tokenizer_folder)
+    return FastEncoder(tokenizer, threads), tokenizer.eos_token_id
 
 
 class ReadPart(PipelineStep):
@@ -61,6 +71,7 @@ class EncodePart(PipelineStep):
         folders: list[Path],
         tokenizer_folder: Path,
         threads: int | None,
+        why_slow: str | None,
         limit_tokens: int | None,
         questions: str | None,
         counts: dict[int, Counter[str]],
@@ -69,22 +80,23 @@ class EncodePart(PipelineStep):
         super().__init__()
         self.folders, self.tokenizer_folder, self.threads = folders, tokenizer_folder, threads
         self.limit_tokens, self.questions = limit_tokens, questions
-        self.counts, self.owner = counts, owner
+        self.counts, self.owner, self.why_slow = counts, owner, why_slow
 
     def run(
         self, data: Iterable[PipedDocument], rank: int = 0, world_size: int = 1
     ) -> Iterator[PipedDocument]:
         folder = self.folders[rank]
         if not folder.exists():
-            tokenizer = load_tokenizer(self.tokenizer_folder)
+            encoder, end_of_text = encoder_for(self.tokenizer_folder, self.threads)
+            encoder.why_slow = encoder.why_slow or self.why_slow
             counts = self.counts.setdefault(rank, Counter())
             report = Report(folder.parent / f"{folder.name}.progress", self.owner)
             encode_part(
                 (Document(document.text, document.id) for document in data),
                 counts,
                 folder,
-                FastEncoder(tokenizer, self.threads),
-                tokenizer.eos_token_id,
+                encoder,
+                end_of_text,
                 limit_tokens=self.limit_tokens,
                 ngrams=question_ngrams(self.questions)[0] if self.questions else None,
                 advance=lambda documents, tokens: report.advance(documents, tokens, counts),
@@ -145,6 +157,10 @@ def part_folders(work: Path, parts: list[Part]) -> list[Path]:
     return [work.absolute() / "parts" / f"{number:05d}" for number in range(len(parts))]
 
 
+def threads_per_worker(workers: int) -> int:
+    return max(1, (os.cpu_count() or 1) // workers)
+
+
 def encode_locally(
     spec: SourceSpec,
     parts: list[Part],
@@ -152,11 +168,14 @@ def encode_locally(
     work: Path,
     *,
     workers: int,
+    why_slow: str | None,
     limit_tokens: int | None,
     questions: str | None,
     progress: bool,
 ) -> list[Path]:
     """Encode every part that is not there yet, `workers` at a time; returns the parts' folders in order.
+
+    `why_slow`, if set, is the reason not to use the fast encoder.
 
     With `limit_tokens`, parts are taken in order until together they have so many tokens; the rest stays
     unread.
@@ -168,11 +187,11 @@ def encode_locally(
     folders = part_folders(work, parts)
     counts: dict[int, Counter[str]] = {}
     workers = min(workers, len(parts))
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = threads_per_worker(workers)
     owner = (socket.gethostname(), os.getpid())
     pipeline = [
         ReadPart(spec, parts, counts),
-        EncodePart(folders, tokenizer_folder, threads, limit_tokens, questions, counts, owner),
+        EncodePart(folders, tokenizer_folder, threads, why_slow, limit_tokens, questions, counts, owner),
     ]
     at_once = len(parts) if limit_tokens is None else workers
     with Watch(parts, folders, progress):

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from data.assembly import DiskFullError, assemble
 from data.cluster import StillRunning, encode_on_ray, encode_on_slurm
 from data.contamination import contamination, question_ngrams
-from data.engine import encode_locally
+from data.engine import encode_locally, encoder_for, threads_per_worker
 from data.plan import plan
 from data.settings import PrepareSettings, add_flags
 from data.shards import (
@@ -39,14 +39,14 @@ from data.shards import (
 )
 from data.share import find_set, push_to_hub, take_set
 from data.sources import NAMED_SOURCES, PYTHON_DOCS, Part, SourceSpec, list_parts, read_documents, read_part
-from data.tokenizer import FastEncoder, load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from data.verify import verify
 
 WORK_FOLDER = ".work"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RECORDED_VERSIONS = ("datatrove", "numpy", "pyarrow", "tiktoken", "tokenizers", "transformers")
 # How much of the source both encoders are compared on before a run, and of each document.
-VERIFY_CHARACTERS, VERIFY_CHARACTERS_EACH = 1_000_000, 50_000
+VERIFY_CHARACTERS, VERIFY_CHARACTERS_EACH = 300_000, 30_000
 
 
 def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
@@ -85,10 +85,10 @@ def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
         spec = _gather(settings.spec(), work)
         parts = _list_parts_once(spec, work)
         tokenizer = _make_tokenizer(settings, spec, output)
-        _check_encoder(spec, parts[0], tokenizer)
+        why_slow = _check_encoder(settings, spec, parts, output / TOKENIZER_FOLDER)
         dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
         try:
-            folders = _encode(settings, spec, parts, output / TOKENIZER_FOLDER, work, progress)
+            folders = _encode(settings, spec, parts, output / TOKENIZER_FOLDER, work, why_slow, progress)
             entries, counts = assemble(
                 output,
                 work / "shards",
@@ -225,15 +225,19 @@ def _make_tokenizer(settings: PrepareSettings, spec: SourceSpec, output: Path) -
         temporary = output / WORK_FOLDER / TOKENIZER_FOLDER
         tokenizer.save_pretrained(os.fspath(temporary))
         os.replace(temporary, folder)
+        return tokenizer
     return load_tokenizer(folder)
 
 
-def _check_encoder(spec: SourceSpec, part: Part, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Compare both encoders on the source's own first documents, and say so if the slow one is to be used."""
-    encoder = FastEncoder(tokenizer)
+def _check_encoder(
+    settings: PrepareSettings, spec: SourceSpec, parts: list[Part], tokenizer_folder: Path
+) -> str | None:
+    """Compare both encoders on the source's own first documents, and say why if the slow one must be used."""
+    workers = min(_workers(settings), len(parts))
+    encoder, _ = encoder_for(tokenizer_folder, threads_per_worker(workers))
     texts: list[str] = []
     characters = 0
-    for document in read_part(spec, part):
+    for document in read_part(spec, parts[0]):
         texts.append(document.text[:VERIFY_CHARACTERS_EACH])
         characters += len(texts[-1])
         if characters >= VERIFY_CHARACTERS:
@@ -241,6 +245,11 @@ def _check_encoder(spec: SourceSpec, part: Part, tokenizer: PreTrainedTokenizerF
     encoder.verify(texts)
     if not encoder.is_fast:
         print(f"Encoding with tokenizers, which is slower than tiktoken: {encoder.why_slow}.")
+    return encoder.why_slow
+
+
+def _workers(settings: PrepareSettings) -> int:
+    return settings.workers or os.cpu_count() or 1
 
 
 def _encode(
@@ -249,19 +258,21 @@ def _encode(
     parts: list[Part],
     tokenizer_folder: Path,
     work: Path,
+    why_slow: str | None,
     progress: bool,
 ) -> list[Path]:
     """The folders of all encoded parts, in order."""
     if settings.executor == "slurm":
-        return encode_on_slurm(settings, spec, parts, tokenizer_folder, work)
+        return encode_on_slurm(settings, spec, parts, tokenizer_folder, work, why_slow)
     if settings.executor == "ray":
-        return encode_on_ray(settings, spec, parts, tokenizer_folder, work)
+        return encode_on_ray(settings, spec, parts, tokenizer_folder, work, why_slow)
     return encode_locally(
         spec,
         parts,
         tokenizer_folder,
         work,
-        workers=settings.workers or os.cpu_count() or 1,
+        workers=_workers(settings),
+        why_slow=why_slow,
         limit_tokens=settings.limit_tokens,
         questions=settings.contamination,
         progress=progress,

@@ -30,7 +30,8 @@ def dataset_card(manifest: Manifest) -> str:
         "",
         f"{manifest.tokens():,} tokens of {manifest.documents():,} documents, encoded with "
         f"{manifest.tokenizer} "
-        f"({manifest.vocab_size:,} words, `{manifest.dtype}`); each document ends in the id {manifest.eos_token_id}.",
+        f"({manifest.vocab_size:,} words, `{manifest.dtype}`); each document ends in the id "
+        f"{manifest.eos_token_id}.",
         "",
         "| split | shards | documents | tokens |",
         "|---|---|---|---|",

@@ -14,8 +14,10 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from data.shards import TokenBlocks, read_manifest
+from data.shards import TokenBlocks, read_manifest, read_shard_documents
 from data.tokenizer import train_tokenizer
 from tests.test_data_tokenizer import PROSE
 
@@ -74,6 +76,30 @@ def test_the_number_of_workers_changes_no_byte(tmp_path, tokenizer_folder):
     assert len(manifest.of_split("train")) > 2
     assert manifest.counts["documents"] == 2400
     assert 0 < manifest.counts["duplicates"] == 2400 - manifest.documents()
+
+
+def test_a_tokenizer_on_which_the_encoders_disagree_is_encoded_slowly_by_every_worker(tmp_path):
+    """tiktoken joins any two neighbours that make a word; here the file allows q+zj but not qz+j."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*alphabet, "qz", "zj", "qzj"])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("q", "z"), ("z", "j"), ("q", "zj")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "source").mkdir()
+    for number in range(2):
+        text = f"{number} qzj " + "words that fill the part to its size " * 40
+        (tmp_path / "source" / f"{number}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    flags = ("--workers", "2", "--validation_tokens", "0")
+    done = run(tmp_path / "source", tmp_path / "out", str(tmp_path / "tokenizer"), *flags)
+    assert done.returncode == 0, done.stderr
+    assert "Encoding with tokenizers, which is slower" in done.stdout
+    documents = list(read_shard_documents(tmp_path / "out" / "train-00000.arrow"))
+    assert len(documents) == 2
+    for ids in documents:
+        assert vocab["qz"] in ids
+        assert vocab["qzj"] not in ids
 
 
 def test_a_token_limit_changes_nothing_with_the_number_of_workers(tmp_path, tokenizer_folder):
