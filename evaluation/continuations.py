@@ -26,10 +26,15 @@ POSITIONS_PER_CHUNK = 256
 
 @dataclass(frozen=True)
 class Continuation:
-    """A token sequence of which the last `scored` tokens count."""
+    """A token sequence of which the last `scored` tokens count.
+
+    Only neighbours of one `group` share a row: sequences that happen to begin alike would make it wide, and
+    wide rows pad all others.
+    """
 
     tokens: list[int]
     scored: int
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,8 @@ def _lay_out(continuations: Sequence[Continuation], context: int | None, packed:
         tokens = continuation.tokens
         if context is not None and len(tokens) > context + 1:
             tokens = tokens[-(context + 1) :]
-        if group and not (packed and _fits([*group, (owner, tokens, continuation.scored)], context)):
+        joins = packed and owner > 0 and continuation.group == continuations[owner - 1].group
+        if group and not (joins and _fits([*group, (owner, tokens, continuation.scored)], context)):
             rows.append(_row(group))
             group = []
         group.append((owner, tokens, continuation.scored))

@@ -235,7 +235,7 @@ def _encode_completion(questions, tokenizer) -> list[tuple[list[Continuation], l
     encoded = []
     for number, context in enumerate(contexts):
         four = endings[4 * number : 4 * number + 4]
-        encoded.append(([Continuation(context + e, len(e)) for e in four], [len(e) for e in four]))
+        encoded.append(([Continuation(context + e, len(e), number) for e in four], [len(e) for e in four]))
     return encoded
 
 
@@ -255,7 +255,7 @@ def _encode_harness(questions, tokenizer) -> list[tuple[list[Continuation], list
     for number, context in enumerate(context_ids):
         four = whole_ids[4 * number : 4 * number + 4]
         encoded.append(
-            ([Continuation(ids, max(0, len(ids) - len(context))) for ids in four], characters[number])
+            ([Continuation(ids, max(0, len(ids) - len(context)), number) for ids in four], characters[number])
         )
     return encoded
 

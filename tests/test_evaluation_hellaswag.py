@@ -138,6 +138,20 @@ def test_continuations_that_differ_before_the_scored_part_share_only_what_is_com
     assert together == pytest.approx(alone, rel=FLOAT32_SUMS)
 
 
+def test_questions_that_begin_alike_do_not_share_a_row(model, tokenizer, questions, accelerator):
+    """They once did: twenty "How to …" in one row of 635 tokens, and every other row padded to that width."""
+    widths = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        all_scores(model, tokenizer, [questions[0]] * 6, accelerator, styles=["harness"])
+    finally:
+        handle.remove()
+    longest = max(widths[:1] + widths[1:2])  # of the trial on one question
+    assert max(widths) <= longest
+
+
 def test_a_recurrent_model_is_scored_row_by_row(tokenizer, questions, accelerator):
     torch.manual_seed(0)
     mamba = MambaForCausalLM(
