@@ -3,7 +3,7 @@
     python benchmarks/loop_overhead.py --rounds 3 --steps 30
 
 Both train the demo's model (or what the flags say) on the same batches in one process, taking turns, so that
-a noisy machine disturbs both alike. Prints a table in Markdown: the fastest steps of each, a checkpoint's cost
+a noisy machine disturbs both alike. Prints a Markdown table: the fastest steps of each, a checkpoint's cost
 in training, and the time from starting a stopped run again to its next step.
 """
 
