@@ -5,7 +5,7 @@ metrics, checkpoints and an export that `from_pretrained` loads. The same comman
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from itertools import islice
@@ -43,10 +43,11 @@ from training.interruption import Interruptions
 from training.journal import Journal
 from training.objective import count_targets, language_modeling_loss, to_device
 from training.optimizer import build_optimizer
-from training.recipe import TrainSettings, describe_batch, micro_batches_per_process
+from training.recipe import TrainSettings, check_prompts, describe_batch, micro_batches_per_process
 from training.run_directory import RunDirectory, data_fingerprint, on_main_process
 from training.schedule import learning_rate_at
-from training.settings import SettingsError, parse_settings, settings_as_yaml
+from training.settings import SettingsError, given_flags, parse_settings, settings_as_yaml
+from training.shards import announce_shards, make_if_missing, words_to_train
 from training.weights import whole
 
 ROOT = Path(__file__).resolve().parent
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Settings, data, a fresh model; then the loop."""
     try:
         settings = parse_settings(TrainSettings, argv, default_config=ROOT / "recipes" / "demo.yaml")
-        tokenizer, train_set, eval_set = prepare_data(settings)
+        tokenizer, train_set, eval_set = prepare_data(settings, given_flags(argv))
         model = build_model(settings, tokenizer)
         train(settings, model, tokenizer, train_set, eval_set, collate_blocks, language_modeling_loss)
     except SettingsError as error:
@@ -72,23 +73,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             torch.distributed.destroy_process_group()
 
 
-def prepare_data(settings: TrainSettings) -> tuple[PreTrainedTokenizerFast, TokenBlocks, TokenBlocks]:
+def prepare_data(
+    settings: TrainSettings, given: Collection[str] = ()
+) -> tuple[PreTrainedTokenizerFast, TokenBlocks, TokenBlocks]:
     """Tokenizer, training and validation blocks of the shards; the main process makes missing ones.
 
     Raises:
-        SettingsError: if the source or the shards are not what they should be.
+        SettingsError: if the source or the shards are not what they should be, or what flags (`given`) say.
     """
-    shards = Path(settings.shards)
+    shards = settings.shards
+    words = words_to_train(settings, given)
+    wanted = PrepareSettings(settings.source, shards, settings.tokenizer, train_tokenizer=words)
+    make_if_missing(Path(shards, "manifest.json"), lambda: prepare(wanted))
     try:
-        with start_processes().main_process_first():
-            if not (shards / "manifest.json").exists():
-                source, tokenizer_name = settings.source, settings.tokenizer
-                prepare(PrepareSettings(source, str(shards), tokenizer_name, settings.train_tokenizer))
-        tokenizer = load_tokenizer(shards / "tokenizer")
+        tokenizer = load_tokenizer(Path(shards, "tokenizer"))
         train_set = TokenBlocks(shards, settings.block_size)
-        return tokenizer, train_set, TokenBlocks(shards, settings.block_size, "validation")
-    except ValueError as error:
+        eval_set = TokenBlocks(shards, settings.block_size, "validation")
+    except (ValueError, OSError) as error:
         raise SettingsError(str(error)) from error
+    announce_shards(settings, given, train_set.manifest)
+    return tokenizer, train_set, eval_set
 
 
 def build_model(settings: TrainSettings, tokenizer: PreTrainedTokenizerFast) -> GPTScratchForCausalLM:
@@ -131,6 +135,7 @@ def train(
     accelerator, chosen = start_accelerator(settings)
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     accumulation = micro_batches_per_process(settings, world_size)
+    check_prompts(tokenizer, settings, model.config)
     run_dir = Path(settings.run_dir)
     fingerprint = data_fingerprint(train_set)
     run = RunDirectory(accelerator, run_dir, settings, fingerprint, allow_change=settings.allow_change)
@@ -149,21 +154,13 @@ def train(
         restore_checkpoint(accelerator, resumed_from, state)
     run.continue_metrics(state.step)
 
-    guard = StepGuard(device, state.skipped_steps, state.skipped_in_a_row)
-    rows_in_words = partial(describe_rows, train_set, settings.seed)
-    journal = Journal(accelerator, run, guard, state, settings, rows_in_words)
     export_dir = run_dir / "export"
     if state.step >= settings.max_steps and export_dir.exists():
-        journal.say(
+        accelerator.print(
             f"The run in {run_dir} is complete ({state.step:,} steps). For a new run give another --run_dir; "
             f"to train this one on, a higher --max_steps and --allow_change.\n{how_to_load(export_dir)}"
         )
         return state
-    journal.say(f"{chosen}\n{parameters:,} parameters; {describe_batch(settings, world_size)}.")
-    journal.say(
-        f"Going on from step {state.step:,} in {run_dir}." if state.step else f"A new run in {run_dir}."
-    )
-    journal.event("resumed" if resumed_from else "started", step=state.step, processes=world_size)
 
     rows = settings.micro_batch_size
     loader = partial(build_loader, collate=collate, micro_batch_size=rows, rank=rank, world_size=world_size)
@@ -171,15 +168,27 @@ def train(
     with preserved_rng():  # an iterator of DataLoader draws a number that nobody uses
         micro_batches = iter(loader(train_set, seed=settings.seed, start_batch=first_micro_batch))
     eval_batches = -(-settings.eval_tokens // (settings.micro_batch_size * settings.block_size))
-    token_bytes = torch.from_numpy(token_byte_lengths(tokenizer))
-    prompts, sampling = settings.sample_prompts, {"max_new_tokens": settings.sample_tokens, "seed": 0}
+    try:
+        token_bytes: Tensor | None = torch.from_numpy(token_byte_lengths(tokenizer))
+    except ValueError as error:
+        token_bytes = None
+        accelerator.print(f"Validation leaves out bits per byte. {error}")
+    evaluate = partial(evaluate_loss, token_bytes=token_bytes, max_batches=eval_batches)
+    sample = partial(generate_samples, accelerator=accelerator, max_new_tokens=settings.sample_tokens, seed=0)
     keep = Keep(settings.keep_last, settings.keep_every_steps, settings.keep_best)
+    guard = StepGuard(device, state.skipped_steps, state.skipped_in_a_row)
+    rows_in_words = partial(describe_rows, train_set, settings.seed)
+    journal = Journal(accelerator, run, guard, state, settings, rows_in_words)
     writer = BackgroundWriter(warn=journal.say)
     interruptions = Interruptions(
         accelerator, run_dir, max_minutes=settings.max_minutes, save_every_minutes=settings.save_every_minutes
     )
     stop = ""
-    with interruptions, closing(writer):
+    with closing(journal), interruptions, closing(writer):
+        journal.say(f"{chosen}\n{parameters:,} parameters; {describe_batch(settings, world_size)}.")
+        begins = f"Going on from step {state.step:,}" if state.step else "A new run"
+        journal.say(f"{begins} in {run_dir}.")
+        journal.event("resumed" if resumed_from else "started", step=state.step, processes=world_size)
         while state.step < settings.max_steps and not stop:
             learning_rate = learning_rate_at(state.step, settings)
             for group in optimizer.param_groups:
@@ -216,27 +225,21 @@ def train(
             if evaluates or samples:
                 check_weights(accelerator, model, state.step)
             if evaluates:
-                validation = loader(eval_set, seed=None)
-                result = evaluate_loss(
-                    model, validation, accelerator, token_bytes=token_bytes, max_batches=eval_batches
-                )
+                result = evaluate(model, loader(eval_set, seed=None), accelerator)
                 journal.validation(state, result.loss, result.bits_per_byte)
-            if samples:
-                texts = generate_samples(model, tokenizer, prompts, accelerator=accelerator, **sampling)
-                journal.samples(prompts, texts)
-            if saves:
+            if saves:  # after the validation, whose loss says which checkpoint is best
                 save_checkpoint(accelerator, run_dir, state, keep=keep, writer=writer)
                 interruptions.saved()
+            if samples:
+                prompts, temperature = settings.sample_prompts, settings.sample_temperature
+                journal.samples(prompts, sample(model, tokenizer, prompts, temperature=temperature))
             if evaluates or samples or saves:
                 journal.resume_clock()
         on_main_process(accelerator, writer.finish)
-    journal.close()
     journal.event("stopped" if stop else "finished", step=state.step, reason=stop)
     interruptions.forget_stop_file()
     if stop:
-        journal.say(
-            f"Stopped after step {state.step:,}: {stop}. The same command goes on from its checkpoint."
-        )
+        journal.say(f"Stopped after step {state.step:,}: {stop}. The same command goes on from there.")
         return state
     export_model(accelerator, model, tokenizer, export_dir)
     journal.say(how_to_load(export_dir))

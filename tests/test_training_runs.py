@@ -1,5 +1,6 @@
 """Whole runs of a toy model: in this process where one is enough, else through `accelerate launch`."""
 
+import errno
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from training_toys import (
@@ -28,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from train_accelerate import main
 from training.checkpoint import complete_checkpoints, latest_checkpoint
+from training.export import export_model
 
 CONFIGS = ROOT / "accelerate_configs"
 
@@ -264,6 +267,84 @@ def test_a_corpus_smaller_than_a_block_is_refused(shards, tmp_path, capsys):
         train_here(shards=shards, run_dir=tmp_path / "run", block_size=131_072, batch_tokens=524_288)
     assert "less than one block" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_prompts_without_room_for_their_samples_are_refused_before_anything_is_written(
+    shards, tmp_path, capsys
+):
+    """They once ended a run at its first sample, before that step's checkpoint."""
+    with pytest.raises(SystemExit):
+        train_here(shards=shards, run_dir=tmp_path / "run", sample_prompts="the dungeon " * 30)
+    text = capsys.readouterr().err
+    assert "the prompt 'the dungeon the dungeon" in text and "lower --sample_tokens" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_that_shards_do_not_follow_are_refused_and_recipes_are_not(
+    copy_of_finished, shards, tmp_path, capsys
+):
+    """The demo recipe, which all these runs start from, asks for other words than the toy's shards have."""
+    train_here(shards=shards, run_dir=copy_of_finished, source=shards.parent / "toy.jsonl")
+    text = capsys.readouterr().out
+    assert f"Training on {shards}: {shards.parent / 'toy.jsonl'}, tokenizer trained on " in text
+    for flag, value in {"source": "python-docs", "tokenizer": "gpt2", "train_tokenizer": "301"}.items():
+        with pytest.raises(SystemExit):
+            train_here(shards=shards, run_dir=tmp_path / "other", **{flag: value})
+        text = capsys.readouterr().err
+        assert f"--{flag} {value}, but they " in text and "Leave the flag out" in text
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_source_that_cannot_be_read_is_an_error_for_people(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for shards in (tmp_path / "new", tmp_path / "file" / "below"):
+        with pytest.raises(SystemExit):
+            train_here(shards=shards, source=tmp_path / "nothing", run_dir=tmp_path / "run")
+        assert f"error: {shards} could not be prepared: " in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_shape_is_an_error_with_a_cure(copy_of_finished, shards, capsys):
+    with pytest.raises(SystemExit):
+        train_here(shards=shards, run_dir=copy_of_finished, n_embd=64, max_steps=14, allow_change="true")
+    text = capsys.readouterr().err
+    assert "does not fit the model of these settings" in text and "settings.yaml has them" in text
+
+
+def test_a_file_system_without_locks_is_warned_about_and_used(copy_of_finished, shards, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    train_here(shards=shards, run_dir=copy_of_finished)
+    text = capsys.readouterr().out
+    assert "has no locks (No locks available)" in text and "is complete" in text
+
+
+def test_a_tokenizer_that_is_not_byte_level_trains_without_bits_per_byte(shards, tmp_path, capsys):
+    """Such words have no fixed number of bytes; this once ended the run before its first step."""
+    words = AutoTokenizer.from_pretrained(shards / "tokenizer")
+    content = json.loads(words.backend_tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    content["model"]["merges"] = []
+    longest = max(vocabulary, key=len)
+    vocabulary["\u2581" + longest] = vocabulary.pop(longest)
+    other = shutil.copytree(shards, tmp_path / "shards")
+    (other / "tokenizer" / "tokenizer.json").write_text(json.dumps(content))
+    train_here(shards=other, run_dir=tmp_path / "run", max_steps=1, warmup_steps=0)
+    assert "leaves out bits per byte" in capsys.readouterr().out
+    validation = metrics_of(tmp_path / "run")[-1]
+    assert validation["bits_per_byte"] is None and validation["validation_loss"] > 0
+
+
+def test_files_of_an_export_are_readable_and_its_folders_can_be_entered(finished, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(finished / "export")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "export")
+    tokenizer.chat_template = {"default": "{{ messages }}", "other": "{{ messages }}"}  # saved as a folder
+    export_model(Accelerator(cpu=True), model, tokenizer, tmp_path / "export")
+    paths = list((tmp_path / "export").rglob("*"))
+    assert any(path.is_dir() for path in paths)
+    for path in paths:
+        assert path.stat().st_mode & 0o777 == 0o644 if path.is_file() else path.stat().st_mode & 0o100, path
 
 
 def test_checkpoints_are_pruned_by_what_is_to_be_kept(shards, tmp_path):

@@ -67,6 +67,20 @@ def test_values_that_do_not_fit_together_are_named_with_numbers():
     assert "dropout=1.0 must be below 1" in text
 
 
+def test_values_with_which_nothing_could_be_learned_or_sampled_are_refused():
+    text = complaints(["--max_grad_norm", "0", "--block_size", "48", "--batch_tokens", "48"])
+    assert "max_grad_norm=0" in text and "turns clipping off" in text
+    assert "sample_tokens=48 leaves no room for a prompt in block_size=48" in text
+
+
+def test_a_bare_no_of_yaml_and_a_capital_exponent_mean_what_they_say(tmp_path):
+    """YAML reads `no` as false: `mixed_precision: no` was refused as not being a text."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("mixed_precision: no\nkeep_best: no\n")
+    settings = parse_settings(TrainSettings, ["--config", str(recipe), "--max_steps", "1E4"])
+    assert (settings.mixed_precision, settings.keep_best, settings.max_steps) == ("no", False, 10_000)
+
+
 def test_a_batch_that_does_not_divide_names_its_parts_and_the_nearest():
     settings = parse_settings(TrainSettings, ["--batch_tokens", "100000", "--block_size", "1000"])
     with pytest.raises(SettingsError) as caught:

@@ -127,7 +127,8 @@ class BackgroundWriter:
                     tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"
                 )
                 self._buffers[name] = buffer
-            copies[name] = buffer.copy_(tensor, non_blocking=True)
+            # Only CUDA is waited for below: from other devices the bytes might come after the return.
+            copies[name] = buffer.copy_(tensor, non_blocking=tensor.device.type == "cuda")
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return copies
@@ -369,12 +370,13 @@ def restore_checkpoint(accelerator: Accelerator, folder: Path, state: TrainState
     On another number of processes than it was saved with, random states start from the seed again.
 
     Raises:
-        ValueError: if the checkpoint is of another model or format.
+        SettingsError: if the checkpoint is of another model or format, or cannot be read.
     """
     progress = json.loads((folder / PROGRESS_FILE).read_text())
     if progress["format_version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder} has checkpoint format {progress['format_version']}; this code reads {FORMAT_VERSION}"
+        raise SettingsError(
+            f"{folder} has checkpoint format {progress['format_version']}; this code reads {FORMAT_VERSION}. "
+            "Continue it with the code that wrote it, or start a new run with another --run_dir."
         )
     model = bare_model(accelerator, state.model)
     try:
@@ -383,7 +385,13 @@ def restore_checkpoint(accelerator: Accelerator, folder: Path, state: TrainState
         if progress["num_processes"] == accelerator.num_processes:
             restore_random_state(load_file(folder / RANDOM_STATE_FILE), accelerator)
     except SafetensorError as error:
-        raise ValueError(f"{folder} cannot be read: {error}") from error
+        raise SettingsError(f"{folder} cannot be read: {error}") from error
+    except ValueError as error:
+        raise SettingsError(
+            f"{folder} does not fit the model of these settings: {error}. Give the model's settings as "
+            f"{folder / 'settings.yaml'} has them, with --allow_change because the run directory has taken "
+            "note of others by now, or another --run_dir to start a new run."
+        ) from error
     if accelerator.scaler is not None and progress["scaler"] is not None:
         accelerator.scaler.load_state_dict(progress["scaler"])
     for name in state.progress().keys() | {"validation_loss", "validation_step"}:

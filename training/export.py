@@ -84,8 +84,9 @@ def export_model(
         exported.save_pretrained(temporary, state_dict=state_dict)
         generation_config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        for path in temporary.iterdir():  # safetensors files come out readable by their owner alone
-            path.chmod(0o644)
+        for path in temporary.rglob("*"):  # safetensors files come out readable by their owner alone
+            if path.is_file():
+                path.chmod(0o644)
         flush_tree(temporary)
         if out_dir.exists():
             number = 1

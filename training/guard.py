@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from training.settings import SettingsError
 
+# Where the fused optimizer heeds `found_inf`. On MPS it takes the flag and updates all the same.
+DEVICES_THAT_SKIP = ("cpu", "cuda")
 SPIKE_WINDOW_STEPS = 64
 # Median absolute deviations; of normally distributed losses, one in ten million is so far up.
 SPIKE_SPREADS = 8.0
@@ -21,12 +23,13 @@ class StepGuard:
 
     The fused optimizer looks at its `found_inf` (a float32 0-d tensor) and leaves weights, moments and step
     counts as they are where it is 1: the flag that fp16's GradScaler uses. The host learns of it when it next
-    reads the counts.
+    reads the counts. On devices other than DEVICES_THAT_SKIP the host waits for the flag, at every step.
     """
 
     def __init__(self, device: torch.device, skipped_steps: int = 0, skipped_in_a_row: int = 0):
         # total, in a row now
         self._counts = torch.tensor([skipped_steps, skipped_in_a_row], dtype=torch.float32, device=device)
+        self._device_skips = device.type in DEVICES_THAT_SKIP
 
     def check(self, optimizer: AcceleratedOptimizer, loss: Tensor, gradient_norm: Tensor) -> Tensor:
         """Arm the optimizer's next step; returns 1.0 (skipped) or 0.0, a 0-d tensor.
@@ -36,7 +39,10 @@ class StepGuard:
         is_bad = 1.0 - (torch.isfinite(loss) & torch.isfinite(gradient_norm)).float()
         total, in_a_row = self._counts
         self._counts = torch.stack([total + is_bad, (in_a_row + 1.0) * is_bad])
-        if optimizer.scaler is None:  # a GradScaler sets the flag itself
+        if not self._device_skips:
+            if is_bad.item():
+                optimizer.optimizer.zero_grad()  # without gradients a step changes nothing
+        elif optimizer.scaler is None:  # a GradScaler sets the flag itself
             optimizer.optimizer.found_inf = is_bad
         return is_bad
 

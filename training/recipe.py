@@ -1,6 +1,7 @@
 """The settings of pretraining: every field with its meaning and unit."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from training.settings import SettingsError, setting
 
@@ -56,7 +57,10 @@ class TrainSettings:
         1e-8, "AdamW's guard against division by zero", at_least=0, changes_run=True
     )
     max_grad_norm: float = setting(
-        1.0, "gradients with a larger norm are scaled down to it", at_least=0, changes_run=True
+        1.0,
+        "gradients with a larger norm are scaled down to it; a large number, such as 1e9, never does",
+        at_least=0,
+        changes_run=True,
     )
     # Precision and speed
     mixed_precision: str = setting(
@@ -86,6 +90,7 @@ class TrainSettings:
     sample_every_steps: int = setting(1000, "time between samples; also at the end", "steps", at_least=1)
     sample_prompts: tuple[str, ...] = setting(("The",), "beginnings that the model continues")
     sample_tokens: int = setting(48, "length of a sample", "tokens", at_least=1)
+    sample_temperature: float = setting(0.8, "randomness of samples; 0 is greedy", at_least=0)
     log_every_steps: int = setting(
         10, "time between writes of metrics.jsonl, which has a line per step", "steps", at_least=1
     )
@@ -124,6 +129,16 @@ class TrainSettings:
                 problems.append(f"{name}={getattr(self, name)} must be below 1")
         if self.warmup_steps > self.max_steps:
             problems.append(f"warmup_steps={self.warmup_steps:,} is more than max_steps={self.max_steps:,}")
+        if self.max_grad_norm == 0:
+            problems.append(
+                "max_grad_norm=0 would scale every gradient to nothing, and nothing would be learned; "
+                "a large number, such as 1e9, turns clipping off"
+            )
+        if self.sample_tokens >= self.block_size:
+            problems.append(
+                f"sample_tokens={self.sample_tokens:,} leaves no room for a prompt in "
+                f"block_size={self.block_size:,}; give fewer"
+            )
         if self.batch_tokens % self.block_size:
             problems.append(_does_not_divide(self.batch_tokens, 1, self.block_size, 1))
         return problems
@@ -143,6 +158,24 @@ def micro_batches_per_process(settings: TrainSettings, num_processes: int) -> in
             )
         )
     return settings.batch_tokens // unit
+
+
+def check_prompts(tokenizer: Any, settings: TrainSettings, config: Any) -> None:
+    """Whether each sample fits the context of the model: better known now than at the first sample.
+
+    Raises:
+        SettingsError: naming every prompt that is too long.
+    """
+    context = getattr(config, "max_position_embeddings", settings.block_size)
+    lengths = {prompt: max(1, len(tokenizer(prompt)["input_ids"])) for prompt in settings.sample_prompts}
+    problems = [
+        f"the prompt {prompt[:60]!r} has {length:,} tokens; with sample_tokens={settings.sample_tokens:,} "
+        f"that is more than the model's context of {context:,}"
+        for prompt, length in lengths.items()
+        if length + settings.sample_tokens > context
+    ]
+    if problems:
+        raise SettingsError("\n".join([*problems, "Shorten --sample_prompts or lower --sample_tokens."]))
 
 
 def _does_not_divide(wanted: int, micro_batch_size: int, block_size: int, num_processes: int) -> str:

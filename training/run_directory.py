@@ -1,16 +1,19 @@
 """The folder of one run: whose it is, whether it may be continued, and its metrics."""
 
+import errno
 import hashlib
 import json
 import math
 import os
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
 from training.files import explain_write_error, replace_file
@@ -26,21 +29,36 @@ DATA_FILE = "data.json"
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 LOCK_FILE = ".lock"
+# How some network file systems say that they have no locks.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
-def on_main_process(accelerator: Accelerator, work: Callable[[], object]) -> None:
+def on_main_process(
+    accelerator: Accelerator | PartialState, work: Callable[[], object], patience: timedelta | None = None
+) -> None:
     """Do `work` on the main process while the others wait; its failure is everyone's.
+
+    Work that may take longer than collectives do, ten minutes on GPUs, needs a `patience` of its own.
 
     Raises:
         SettingsError: on every process, with the message of the one that it raised.
     """
     problem = [""]
+    group = None
+    if patience is not None and torch.distributed.is_initialized():
+        # A group of its own: a long timeout for all collectives would have a training whose network hangs
+        # wait as long, on every GPU.
+        group = torch.distributed.new_group(backend="gloo", timeout=patience)
     if accelerator.is_main_process:
         try:
             work()
         except SettingsError as error:
             problem = [str(error)]
-    broadcast_object_list(problem)
+    if group is not None:
+        torch.distributed.broadcast_object_list(problem, src=0, group=group, device=torch.device("cpu"))
+        torch.distributed.destroy_process_group(group)
+    else:
+        broadcast_object_list(problem)
     if problem[0]:
         raise SettingsError(problem[0])
 
@@ -125,6 +143,13 @@ class RunDirectory:
                     f"another run is using {self.path} (process {owner}); wait for it, stop it, or choose "
                     "another --run_dir"
                 ) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                print(
+                    f"The file system of {self.path} has no locks ({error.strerror}): nothing will notice a "
+                    "second run in this folder, so do not start one."
+                )
         lock.truncate(0)
         lock.write(f"{os.getpid()} on {os.uname().nodename}")
         lock.flush()

@@ -96,6 +96,11 @@ def parse_settings(
     return settings
 
 
+def given_flags(argv: Sequence[str] | None = None) -> set[str]:
+    """Names of the settings that `argv`, or else the process's command line, gives as flags."""
+    return set(_split_flags(sys.argv[1:] if argv is None else argv, []))
+
+
 def plain_settings(settings: Any) -> dict[str, Any]:
     """Settings as names and values that YAML and JSON know."""
     values = dataclasses.asdict(settings)
@@ -202,6 +207,8 @@ def _checked(value: Any, hint: Any, about: typing.Mapping[str, Any]) -> Any:
                 raise ValueError(f"takes one value, got {' '.join(map(str, value)) or 'none'}")
             else:
                 value = value[0]
+        if value is False and "no" in about["choices"]:  # YAML reads a bare `no` as false
+            value = "no"
         if value is None or value == "none":
             if type(None) not in options and "none" not in about["choices"]:
                 raise ValueError("needs a value")
@@ -238,7 +245,9 @@ def _convert(value: Any, base: type) -> Any:
         if base is float and number == number and abs(number) != float("inf"):
             return number
         if base is int and number == int(number):
-            return int(value.replace("_", "")) if isinstance(value, str) and "e" not in value else int(number)
+            if isinstance(value, str) and "e" not in value.lower():
+                return int(value.replace("_", ""))  # not through the float, which has only 53 bits
+            return int(number)
     except (ValueError, OverflowError):
         pass
     raise wrong

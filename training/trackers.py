@@ -35,11 +35,16 @@ class Trackers:
         self._accelerator, self._warn = accelerator, warn
         self._active: list[Any] = []
         if accelerator.log_with:
-            accelerator.init_trackers(
-                "gpt-scratch",
-                config={k: v if isinstance(v, str | int | float) else str(v) for k, v in config.items()},
-            )
-            self._active = list(accelerator.trackers)
+            plain = {k: v if isinstance(v, str | int | float) else str(v) for k, v in config.items()}
+            try:
+                accelerator.init_trackers("gpt-scratch", config=plain)
+                self._active = list(accelerator.trackers)
+            except Exception as error:  # no login, no network, …
+                names = ", ".join(str(getattr(tracker, "name", tracker)) for tracker in accelerator.log_with)
+                self._warn(
+                    f"log_with: {names} could not start, and the run goes on without; metrics.jsonl has all "
+                    f"numbers. {type(error).__name__}: {error}"
+                )
 
     def log(self, values: Mapping[str, float | None], step: int) -> None:
         """Send the numbers of one step."""
