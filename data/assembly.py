@@ -7,6 +7,7 @@ shared out.
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections import Counter
@@ -17,14 +18,29 @@ import numpy as np
 from tqdm import tqdm
 
 from data.parts import read_statistics
+from data.readers import PIECE_OF_TEXT_CHARACTERS
 from data.shards import ShardEntry, write_atomically, write_shard
 
 # Unless asked otherwise: one token in a hundred, and no more than gives an exact validation loss anyway.
 VALIDATION_SHARE, VALIDATION_AT_MOST = 0.01, 10_000_000
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class DiskFullError(ValueError):
     """No room to go on; the message says how much is missing. The same command continues later."""
+
+
+def is_no_room(error: BaseException | None) -> bool:
+    """Whether this, or what it was raised from, is the system's refusal to store more."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return True
+        # tokenizers writes its file in Rust, and only the text of its error says why that failed.
+        if type(error) is Exception and any(f"os error {code})" in str(error) for code in NO_ROOM):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @dataclass(frozen=True)
@@ -179,8 +195,9 @@ def assemble(
         raise ValueError(
             f"validation_tokens={selection.validation_tokens:,} leaves nothing to train on: the source has "
             f"{selection.tokens:,} tokens in {selection.documents - selection.duplicates:,} different "
-            "documents. "
-            "Ask for fewer, or 0."
+            "documents, and each goes whole to one side. Give more or smaller documents (a text file longer "
+            f"than {PIECE_OF_TEXT_CHARACTERS:,} characters is cut into several), or ask for fewer validation "
+            "tokens."
         )
     receipts.mkdir(exist_ok=True)
     missing = [cut for cut in cuts if not (receipts / f"{cut.file}.json").exists()]

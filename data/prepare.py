@@ -8,7 +8,6 @@ its results whole or not at all, so the same command after an interruption goes 
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ import filelock
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from data.assembly import DiskFullError, assemble
+from data.assembly import DiskFullError, assemble, is_no_room
 from data.cluster import StillRunning, encode_on_ray, encode_on_slurm
 from data.contamination import contamination, question_ngrams
 from data.engine import encode_locally, encoder_for, threads_per_worker
@@ -43,7 +42,6 @@ from data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenize
 from data.verify import verify
 
 WORK_FOLDER = ".work"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RECORDED_VERSIONS = ("datatrove", "numpy", "pyarrow", "tiktoken", "tokenizers", "transformers")
 # How much of the source both encoders are compared on before a run, and of each document.
 VERIFY_CHARACTERS, VERIFY_CHARACTERS_EACH = 300_000, 30_000
@@ -67,6 +65,22 @@ def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
     if _is_finished(output, settings):
         print(f"{output} is already prepared with these settings: nothing to do.")
         return output
+    try:
+        manifest = _prepare(settings, output, started, progress)
+    except Exception as error:
+        if is_no_room(error):
+            raise _disk_full(output) from error
+        raise
+    if manifest is None:
+        return output
+    shutil.rmtree(output / WORK_FOLDER)
+    if progress:
+        _print_summary(output, manifest)
+    return output
+
+
+def _prepare(settings: PrepareSettings, output: Path, started: float, progress: bool) -> Manifest | None:
+    """All stages, under the lock; None if another process had finished them."""
     work = output / WORK_FOLDER
     work.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(work / "lock")
@@ -78,7 +92,7 @@ def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
         ) from None
     try:
         if _is_finished(output, settings):  # by the process that held the lock
-            return output
+            return None
         _claim(work, settings)
         if settings.contamination:
             question_ngrams(settings.contamination)  # a wrong file is better known now than after an hour
@@ -87,24 +101,19 @@ def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
         tokenizer = _make_tokenizer(settings, spec, output)
         why_slow = _check_encoder(settings, spec, parts, output / TOKENIZER_FOLDER)
         dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-        try:
-            folders = _encode(settings, spec, parts, output / TOKENIZER_FOLDER, work, why_slow, progress)
-            entries, counts = assemble(
-                output,
-                work / "shards",
-                folders,
-                dtype,
-                deduplicate=settings.deduplicate,
-                validation_tokens=settings.validation_tokens,
-                limit_tokens=settings.limit_tokens,
-                tokens_per_shard=settings.tokens_per_shard,
-                progress=progress,
-            )
-        except OSError as error:
-            if error.errno in NO_ROOM:
-                raise _disk_full(output, work, parts) from error
-            raise
-        manifest = write_manifest(
+        folders = _encode(settings, spec, parts, output / TOKENIZER_FOLDER, work, why_slow, progress)
+        entries, counts = assemble(
+            output,
+            work / "shards",
+            folders,
+            dtype,
+            deduplicate=settings.deduplicate,
+            validation_tokens=settings.validation_tokens,
+            limit_tokens=settings.limit_tokens,
+            tokens_per_shard=settings.tokens_per_shard,
+            progress=progress,
+        )
+        return write_manifest(
             output,
             Manifest(
                 tokenizer=settings.tokenizer
@@ -126,10 +135,6 @@ def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
         )
     finally:
         lock.release()
-    shutil.rmtree(work)
-    if progress:
-        _print_summary(output, manifest)
-    return output
 
 
 # ---- the output directory
@@ -279,10 +284,19 @@ def _encode(
     )
 
 
-def _disk_full(output: Path, work: Path, parts: list[Part]) -> DiskFullError:
+def _disk_full(output: Path) -> DiskFullError:
     """The arithmetic of a full disk: what is there, what is still to come, by the rate of the parts that are
     done.
     """
+    work = output / WORK_FOLDER
+    free = shutil.disk_usage(output if output.exists() else output.absolute().anchor).free
+    try:
+        parts = [Part(**part) for part in json.loads((work / "parts.json").read_bytes())]
+    except (OSError, ValueError):
+        return DiskFullError(
+            f"The disk is full: {free / 1e6:,.1f} MB are free at {output}, and nothing is encoded yet. "
+            "Make room and run the same command again."
+        )
     folders = [work / "parts" / f"{number:05d}" for number in range(len(parts))]
     done = [
         (part.bytes, (folder / "ids.bin").stat().st_size)
@@ -293,7 +307,6 @@ def _disk_full(output: Path, work: Path, parts: list[Part]) -> DiskFullError:
     total = sum(part.bytes for part in parts)
     # Before the first part is done: a token, two bytes, stands for about four bytes of English.
     encoded = written * total / read if read else total / 2
-    free = shutil.disk_usage(output).free
     return DiskFullError(
         f"The disk is full: {free / 1e6:,.1f} MB are free at {output}. {len(done)} of {len(parts)} parts "
         "are encoded, in "

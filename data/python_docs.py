@@ -182,7 +182,10 @@ def _docstrings(source: bytes) -> list[str]:
     text = _docstring(tree)
     if text:
         paragraphs.append(text)
-    visit(tree, "")
+    try:
+        visit(tree, "")
+    except RecursionError:  # since Python 3.12 the parser takes deeper nesting than Python code can follow
+        return []
     return paragraphs
 
 

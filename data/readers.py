@@ -12,6 +12,7 @@ import io
 import json
 import lzma
 import os
+import re
 import time
 import zlib
 from collections import Counter
@@ -29,6 +30,9 @@ COMPRESSIONS = (".gz", ".zst", ".xz")
 PARQUET_ROWS_AT_ONCE = 1024
 READ_BYTES = 1 << 20
 LINES_A_REPORT = 256
+# A book in one file must be divisible between training and validation, and shuffled by its parts.
+PIECE_OF_TEXT_CHARACTERS = 20_000
+BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
 # Whose exceptions stand for the network's moods, besides OSError.
 NETWORK_MODULES = (
     "aiohttp",
@@ -203,7 +207,29 @@ def _read_text(path: str, column: str, counts: Counter[str]) -> Iterator[tuple[s
             counts["bytes"] += stored.tell()
     except DAMAGED as error:
         raise SourceError(f"{path} cannot be read to its end ({error}); it is damaged or cut off.") from error
-    yield _decode(content, counts), path
+    pieces = cut_text(_decode(content, counts))
+    for number, piece in enumerate(pieces, start=1):
+        yield piece, path if len(pieces) == 1 else f"{path}:{number}"
+
+
+def cut_text(text: str, limit: int = PIECE_OF_TEXT_CHARACTERS) -> list[str]:
+    """Pieces of at most `limit` characters that join to the text, cut after a blank line where there is one.
+
+    Without a blank line in a piece's second half the cut is at its last line end; a line longer than `limit`
+    stays whole.
+    """
+    pieces, start = [], 0
+    while len(text) - start > limit:
+        end = start + limit
+        cut = max((match.end() for match in BLANK_LINE.finditer(text, start + limit // 2, end)), default=0)
+        cut = cut or text.rfind("\n", start, end) + 1 or text.find("\n", end) + 1
+        if not cut:
+            break
+        pieces.append(text[start:cut])
+        start = cut
+    if start < len(text) or not pieces:
+        pieces.append(text[start:])
+    return pieces
 
 
 def _read_jsonl(path: str, column: str, counts: Counter[str]) -> Iterator[tuple[str | None, str]]:

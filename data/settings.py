@@ -22,7 +22,9 @@ class PrepareSettings:
     """What to prepare. Field names are the command's flags."""
 
     source: str = _setting(
-        MISSING, "python-docs, hub:OWNER/NAME, or text, JSONL, Parquet or Arrow files: path, folder, glob"
+        MISSING,
+        "python-docs, hub:OWNER/NAME, or text, JSONL, Parquet or Arrow files: path, folder, glob; a long "
+        "text file is cut at blank lines into documents of about 20,000 characters",
     )
     output: str = _setting(MISSING, "the shard directory to make")
     tokenizer: str = _setting("gpt2", "gpt2, a Hub id, a folder or a tokenizer.json")

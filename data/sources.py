@@ -152,14 +152,12 @@ def _find_files(source: str) -> list[tuple[str, int]]:
     """(path, bytes) of every readable file of a path, folder or glob, sorted by path."""
     try:
         filesystem, path = fsspec.core.url_to_fs(source)
-        if any(character in path for character in "*?["):
-            found = filesystem.glob(path, detail=True)
-        elif filesystem.isdir(path):
+        if filesystem.isdir(path):  # before the glob: names may hold its characters, as `run[2]`
             found = filesystem.find(path, detail=True)
         elif filesystem.exists(path):
             found = {path: filesystem.info(path)}
         else:
-            found = {}
+            found = filesystem.glob(path, detail=True)
     except (ImportError, OSError, ValueError) as error:
         raise SourceError(f"Cannot look into the source {source!r}: {error}") from error
     files = {name: info for name, info in found.items() if info["type"] == "file"}

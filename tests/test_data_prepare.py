@@ -1,9 +1,13 @@
 """`python -m data.prepare`: what it writes, what it refuses, and that it goes on where it stopped."""
 
+import argparse
+import inspect
 import json
 import os
+import pydoc
 import random
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,6 +19,7 @@ import pytest
 
 from data.parts import content_key
 from data.prepare import PrepareSettings, main, prepare
+from data.readers import cut_text
 from data.shards import ShardError, TokenBlocks, read_manifest, read_shard_documents
 from data.tokenizer import gpt2_tokenizer, load_tokenizer, train_tokenizer
 from tests.test_data_sources import small_environment
@@ -118,6 +123,32 @@ def test_the_embedded_corpus_is_prepared_with_a_tokenizer_of_its_own(tmp_path, m
     folder = prepare(settings, progress=False)
     assert read_manifest(folder).documents() == 3
     assert any("help" not in text and "lamp" in text for text in decoded(folder, "train"))
+
+
+def test_one_text_file_gives_both_splits(tmp_path, tokenizer_folder):
+    """It was one document, which the validation split took whole: nothing was left to train on."""
+    modules = (argparse, inspect, pydoc, subprocess, random)
+    texts = [inspect.getdoc(value) or "" for module in modules for value in vars(module).values()]
+    content = "\n\n".join(dict.fromkeys(texts))
+    content = "\n\n".join([content, *(f"Chapter {n}.\n{content[n:9000]}" for n in range(20))])[:200_000]
+    assert len(content) > 150_000
+    (tmp_path / "input.txt").write_text(content)
+    folder = run(tmp_path, tmp_path / "input.txt", tokenizer_folder)
+    for split in ("train", "validation"):
+        assert len(TokenBlocks(folder, 128, split)) > 10
+    assert len(TokenBlocks(folder, 128)) > len(TokenBlocks(folder, 128, "validation")) * 4
+    everything = decoded(folder, "train") + decoded(folder, "validation")
+    assert sorted(everything) == sorted(cut_text(content))
+
+
+def test_a_text_too_short_to_divide_is_refused_with_advice_that_helps(tmp_path, tokenizer_folder):
+    (tmp_path / "a.txt").write_text(" ".join(PROSE))
+    with pytest.raises(
+        ValueError, match=r"leaves nothing to train on.*1 different doc.*Give more or smaller"
+    ):
+        run(tmp_path, tmp_path / "a.txt", tokenizer_folder)
+    write_corpus(tmp_path / "b.jsonl")
+    assert run(tmp_path, tmp_path / "?.*", tokenizer_folder, "both").exists()
 
 
 # ---- duplicates and the split
@@ -329,6 +360,29 @@ def test_a_plan_says_what_would_happen_and_touches_nothing(tmp_path, corpus, tok
     assert sorted(tmp_path.rglob("*")) == before
     assert main(flags) == 0
     assert f"about {read_manifest(tmp_path / 'out').tokens():,} tokens" in planned
+
+
+@pytest.mark.parametrize(
+    "limit, source",
+    [(20, "corpus"), (2_000, "corpus"), (1_000, "python-docs")],
+    ids=["claim", "rust", "gather"],
+)
+def test_a_disk_that_fills_before_the_encoding_is_one_line_too(
+    tmp_path, corpus, capsys, monkeypatch, limit, source
+):
+    """A limit on the size of files stands for the full disk; Python has the signal for it ignored."""
+    small_environment(monkeypatch, tmp_path)
+    source = str(corpus) if source == "corpus" else source
+    flags = ["--source", source, "--output", str(tmp_path / "out"), "--train_tokenizer", "270"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        status = main(flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
+    assert (status, error.count("error: The disk is full"), error.count("Traceback")) == (1, 1, 0), error
+    assert main(flags) == 0
 
 
 # ---- verification

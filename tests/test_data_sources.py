@@ -10,8 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.python_docs import extract, python_documents
+from data.readers import cut_text
 from data.sources import SourceError, SourceSpec, list_parts, read_documents, resolved
 
 TEXTS = ["The first room.", "Zweiter Raum: größer.", "第三の部屋"]
@@ -62,6 +65,45 @@ def test_a_text_file_is_one_document(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(gzip.compress(content.encode()) if suffix.endswith("gz") else content.encode())
     assert texts_of(path) == [content]
+
+
+PARAGRAPHS = st.lists(st.sampled_from(["word ", "\n", "\n\n", "\r\n \r\n", "x" * 9, "é"]), max_size=60)
+
+
+@settings(deadline=None)
+@given(parts=PARAGRAPHS, limit=st.integers(2, 40))
+def test_pieces_of_a_text_join_to_it_and_only_a_long_line_is_longer_than_the_limit(parts, limit):
+    text = "".join(parts)
+    pieces = cut_text(text, limit)
+    assert "".join(pieces) == text
+    assert all(pieces) or pieces == [""]
+    assert all(len(piece) <= limit or "\n" not in piece[:-1] for piece in pieces)
+
+
+def test_a_long_text_file_is_several_documents_that_end_at_blank_lines(tmp_path):
+    scenes = [f"Scene {number}.\n" + f"A line of scene {number}.\n" * 60 for number in range(50)]
+    content = "\n".join(scenes)
+    (tmp_path / "input.txt").write_text(content)
+    (tmp_path / "one.txt").write_text("x" * 50_000)
+    *pieces, one = read_documents(SourceSpec(str(tmp_path)))
+    assert "".join(piece.text for piece in pieces) == content
+    assert all(piece.text.startswith("Scene ") for piece in pieces)
+    assert all(10_000 < len(piece.text) <= 20_000 for piece in pieces[:-1])
+    assert [piece.id.rpartition("input.txt")[2] for piece in pieces] == [
+        f":{number}" for number in range(1, len(pieces) + 1)
+    ]
+    assert (one.text, one.id.endswith("one.txt")) == ("x" * 50_000, True)
+
+
+def test_names_with_a_globs_characters_are_names_where_they_exist(tmp_path):
+    folder = tmp_path / "checkout[2]"
+    folder.mkdir()
+    for name in ("a?.txt", "ab.txt", "[x]*.txt"):
+        (folder / name).write_text(name)
+    assert texts_of(folder) == ["[x]*.txt", "a?.txt", "ab.txt"]
+    assert texts_of(folder / "a?.txt") == ["a?.txt"]
+    assert texts_of(folder / "[x]*.txt") == ["[x]*.txt"]
+    assert texts_of(tmp_path / "checkout[[]2]" / "a*.txt") == ["a?.txt", "ab.txt"]
 
 
 def test_folders_and_globs_read_their_files_sorted_by_name(tmp_path):
@@ -297,6 +339,17 @@ def test_a_file_that_does_not_parse_is_passed_over(tmp_path, content):
     path = tmp_path / "module.py"
     path.write_bytes(content)
     assert extract(path) == []
+
+
+def test_a_file_nested_deeper_than_python_can_follow_is_passed_over(tmp_path):
+    """Each `elif` lies inside the `else` of the one before; the parser counts no depth for them."""
+    words = "A text of more than a dozen words stands here so that it would be kept if it could be."
+    branches = "".join(f"elif x == {number}:\n    pass\n" for number in range(3000))
+    path = tmp_path / "module.py"
+    path.write_text(f'"""{words}"""\nif x:\n    pass\n{branches}')
+    assert extract(path) in ([], [words])
+    path.write_text(f'"""{words}"""\n')
+    assert extract(path) == [words]
 
 
 def small_environment(monkeypatch, tmp_path):
