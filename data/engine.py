@@ -6,10 +6,10 @@ temporary name that nothing reads. The results do not depend on how many tasks r
 
 from __future__ import annotations
 
-import _thread
 import functools
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -229,6 +229,10 @@ class Watch:
         self.tokens_at_start: int | None = None
 
     def __enter__(self) -> Watch:
+        self.main_thread = threading.main_thread().ident or 0
+        self.on_interrupt = None
+        if threading.current_thread() is threading.main_thread():  # the only one that signals can end
+            self.on_interrupt = signal.signal(signal.SIGINT, self._interrupted)
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
         return self
@@ -236,6 +240,8 @@ class Watch:
     def __exit__(self, kind, error, trace) -> None:
         self.stop.set()
         self.thread.join()
+        if self.on_interrupt is not None:
+            signal.signal(signal.SIGINT, self.on_interrupt)
         self._look()
         self.bar.close()
         if kind is KeyboardInterrupt and self.lost:
@@ -249,8 +255,16 @@ class Watch:
         while not self.stop.wait(REPORT_SECONDS):
             self._look()
             if self.lost:
-                _thread.interrupt_main()  # wherever it waits, as Ctrl-C would
+                # A real signal: `_thread.interrupt_main` wakes nobody who waits for a lock, as the pool does.
+                signal.pthread_kill(self.main_thread, signal.SIGINT)
                 return
+
+    def _interrupted(self, number, frame) -> None:
+        """In place of the handler for Ctrl-C, which runs under nohup or a shell's `&` do not have."""
+        if self.lost or self.on_interrupt is signal.SIG_DFL:
+            raise KeyboardInterrupt
+        if callable(self.on_interrupt):
+            self.on_interrupt(number, frame)
 
     def _look(self) -> None:
         documents = tokens = size = 0

@@ -128,6 +128,7 @@ def test_a_source_can_be_looked_at_without_fetching_it(tmp_path, tokenizer_folde
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_set_goes_to_the_hub_and_comes_back_whole(tmp_path, local):
     with HubServer({}) as hub:
         there = {**environment(hub, tmp_path), "HF_TOKEN": "hf_loopback"}
