@@ -124,7 +124,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_reason_and_the_next_run_goe
     shell starts with `&`. The run once waited for ever in either case.
     """
     source = write_files(tmp_path / "source", files=1, documents=10)
-    lines = (f"{number} " + " ".join(PROSE[:3]) for number in range(20_000))
+    lines = (f"{number} " + " ".join(PROSE[:3]) for number in range(8_000))
     (source / "1.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     output = tmp_path / "out"
     arguments = (source, output, tokenizer_folder, "--workers", "2")
