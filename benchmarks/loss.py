@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ def plain(hidden_states, weight, targets):
     """What a stock causal language model does: all logits, upcast to float32."""
     return F.cross_entropy(F.linear(hidden_states, weight).float(), targets)
 
+
+# The allocator's luck moves single peaks by some 50 MiB.
+MEMORY_RUNS = 5
 
 LOSSES = {"plain": plain, "ours": linear_cross_entropy}
 
@@ -49,18 +53,23 @@ def step(loss, tensors, precision, device):
 
 
 def peak_mib(device):
-    if device == "cpu":  # kilobytes on Linux, bytes on macOS
-        divisor = 2**20 if platform.system() == "Darwin" else 2**10
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / divisor
-    return torch.cuda.max_memory_allocated() / 2**20
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        # Not ru_maxrss: Linux hands the parent's peak on to a child.
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
 
 
 def measure_memory(name, precision, arguments):
-    """MiB over inputs and gradients, in a process of its own: a peak cannot be reset."""
+    """MiB over inputs and gradients, median of processes of their own: a peak cannot be reset."""
     command = [sys.executable, "-m", "benchmarks.loss", "--only_memory_of", name, "--precision", precision]
     for field in ("tokens", "vocabulary", "width", "device", "threads"):
         command += [f"--{field}", str(getattr(arguments, field))]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(MEMORY_RUNS)]
+    return statistics.median(float(run.stdout.split()[-1]) for run in runs)
 
 
 def main():
