@@ -59,7 +59,8 @@ def step_times_of_bare_loop(settings: TrainSettings, steps: int) -> list[float]:
     tokenizer, train_set, _ = train_accelerate.prepare_data(settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose_precision(device, settings.mixed_precision).value
-    model = train_accelerate.build_model(settings, tokenizer).to(device).train()
+    model = train_accelerate.build_model(settings, tokenizer).train()
+    model.to(device)  # type: ignore[arg-type]
     optimizer = build_optimizer(model, settings)
     rows = settings.batch_tokens // settings.block_size
     loader = build_loader(train_set, collate_blocks, micro_batch_size=rows, seed=settings.seed)

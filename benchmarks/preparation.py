@@ -109,7 +109,7 @@ def _start_worker(tokenizer: str) -> None:
     from transformers import AutoTokenizer
 
     global ENCODING
-    ENCODING = tiktoken_encoding(AutoTokenizer.from_pretrained(tokenizer))
+    ENCODING = tiktoken_encoding(AutoTokenizer.from_pretrained(tokenizer))  # type: ignore[arg-type]
 
 
 def _encode_one(text: str) -> np.ndarray:
