@@ -135,7 +135,7 @@ def test_a_signal_in_each_phase(undisturbed, settings, phase, name):
 
 @pytest.mark.fault(
     "the file STOP appears in the run directory",
-    f"as for a signal, and the file is removed; {SAME}",
+    "the step is finished and saved, a line says how to go on, and the file is removed",
 )
 def test_a_stop_file(undisturbed, settings):
     def when_training() -> None:
