@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = build_model(settings, tokenizer)
         train(settings, model, tokenizer, train_set, eval_set, collate_blocks, language_modeling_loss)
     except SettingsError as error:
-        if start_processes().is_main_process:
+        if start_processes().is_local_main_process:  # once a machine
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     finally:
