@@ -167,13 +167,17 @@ def kill_tree(process):
 
 
 def seen_below(folder):
-    """What a preparation has done to its files so far: a rewritten one counts again."""
+    """What a preparation has done to its files so far: a rewritten one counts again.
+
+    os.walk, not rglob: a folder that is renamed between its listing and its turn is passed over.
+    """
     found = set()
-    for path in folder.rglob("*"):
-        try:
-            found.add((path.name, path.stat().st_mtime_ns))
-        except FileNotFoundError:  # renamed or deleted in between
-            continue
+    for parent, folders, files in os.walk(folder):
+        for name in folders + files:
+            try:
+                found.add((name, os.stat(os.path.join(parent, name)).st_mtime_ns))
+            except FileNotFoundError:  # renamed or deleted in between
+                continue
     return found
 
 
