@@ -5,10 +5,13 @@ import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
+from accelerate.utils import AORecipeKwargs, DistributedDataParallelKwargs, TorchDynamoPlugin
+from accelerate.utils.imports import is_torchao_available
+from torch import nn
 
 from training.recipe import TrainSettings
 from training.settings import SettingsError
@@ -16,6 +19,9 @@ from training.trackers import check_trackers
 
 # Below this, compiling on a CPU (about a minute) costs more than it brings.
 CPU_COMPILE_MINIMUM_FLOPS = 1e15
+# NVIDIA's Ada, Hopper and later multiply in FP8, where both sides of a matrix divide by the multiple.
+FP8_CAPABILITY = (8, 9)
+FP8_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,9 @@ def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, str]:
     if settings.deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    if precision.value == "fp8":
+        handlers.append(fp8_recipe())
     accelerator = Accelerator(
         cpu=_runs_on_cpu(),
         mixed_precision=precision.value,
@@ -73,7 +82,7 @@ def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, str]:
         project_dir=settings.run_dir,
         dynamo_plugin=dynamo,
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=handlers,
     )
     processes = accelerator.num_processes
     line = (
@@ -95,11 +104,13 @@ def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, str]:
 
 
 def choose_precision(device: torch.device, wanted: str) -> Choice:
-    """`no` (float32), `bf16`, `fp16` or `fp8`, from what the device has in hardware."""
-    if wanted == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability() < (8, 9)):
-        raise SettingsError(
-            f"mixed_precision=fp8 needs a GPU of compute capability 8.9 or more, this is {device}"
-        )
+    """`no` (float32), `bf16`, `fp16` or `fp8`, from what the device has in hardware.
+
+    Raises:
+        SettingsError: if the device, or the software, cannot compute in the precision asked for.
+    """
+    if wanted == "fp8":
+        _check_fp8(device)
     if wanted == "fp16" and device.type == "cpu":
         raise SettingsError("mixed_precision=fp16 is for GPUs; on a CPU choose bf16 or no")
     if wanted != "auto":
@@ -113,6 +124,45 @@ def choose_precision(device: torch.device, wanted: str) -> Choice:
             return Choice("bf16", "the CPU has it in hardware")
         return Choice("no", "the CPU would emulate bfloat16")
     return Choice("no", f"float32 is the safe choice on {device.type}")
+
+
+def _check_fp8(device: torch.device) -> None:
+    has_capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if has_capability < FP8_CAPABILITY:
+        needed, has = (".".join(map(str, numbers)) for numbers in (FP8_CAPABILITY, has_capability))
+        it_has = f", which has {has}" if device.type == "cuda" else ""
+        raise SettingsError(
+            f"mixed_precision=fp8 needs an NVIDIA GPU of compute capability {needed} or more (Ada, Hopper, "
+            f"Blackwell); this run is on {_name_of(device)}{it_has}. "
+            f"Choose {choose_precision(device, 'auto').value}, or auto."
+        )
+    if not is_torchao_available():
+        raise SettingsError(
+            "mixed_precision=fp8 computes with torchao: `pip install torchao`, or choose bf16."
+        )
+
+
+def fp8_recipe(*, emulate: bool = False) -> AORecipeKwargs:
+    """Accelerate's recipe for products in FP8 through torchao.
+
+    With `emulate`, numbers are rounded to FP8 but multiplied in another type: slow, for devices without.
+    """
+    from torchao.float8 import Float8LinearConfig
+
+    # Gathering sharded weights in FP8 would wrap each parameter in a class of torchao's: the optimizer, built
+    # before, would go on holding the old ones.
+    config = Float8LinearConfig(pad_inner_dim=True, enable_fsdp_float8_all_gather=False, emulate=emulate)
+    return AORecipeKwargs(config=config, module_filter_func=computes_in_fp8)
+
+
+def computes_in_fp8(module: nn.Module, name: str) -> bool:
+    """Linear layers whose sides divide by FP8_MULTIPLE; not the head, whose errors would be the loss's."""
+    return (
+        isinstance(module, nn.Linear)
+        and module.in_features % FP8_MULTIPLE == 0
+        and module.out_features % FP8_MULTIPLE == 0
+        and name.rpartition(".")[2] != "lm_head"
+    )
 
 
 def choose_compilation(device: torch.device, settings: TrainSettings) -> Choice:
