@@ -1,23 +1,24 @@
 """What the training loop costs beside a bare loop on the same model: forward, backward, clip, step.
 
-    python benchmarks/loop_overhead.py --rounds 3 --steps 30
+    python benchmarks/loop_overhead.py --output table.md
 
-Both train the demo's model (or what the flags say) on the same batches in one process, taking turns, so that
-a noisy machine disturbs both alike. Prints a Markdown table: the fastest steps of each, a checkpoint's cost
-in training, and the time from starting a stopped run again to its next step.
+One process trains with `train_accelerate`, and between its steps takes as many of a bare loop, turn about in
+short blocks, so that whatever else happens on the machine disturbs both alike. Every other block of the real
+loop holds a checkpoint. Then the run is started again, and timed until its first step. Prints a Markdown
+table of medians with their quartiles. Further flags go to the training, such as `--cpu_threads 1`.
 """
 
 import argparse
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from io import StringIO
-from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
@@ -29,44 +30,56 @@ from training_toys import write_toy_shards  # noqa: E402
 
 import train_accelerate  # noqa: E402
 from data.loader import build_loader, collate_blocks  # noqa: E402
+from training.checkpoint import complete_checkpoints  # noqa: E402
 from training.device import choose_precision  # noqa: E402
 from training.optimizer import build_optimizer  # noqa: E402
 from training.recipe import TrainSettings  # noqa: E402
 from training.settings import parse_settings  # noqa: E402
 
-WARM_UP_STEPS = 3
+# The demo's model, and one whose step is long enough that the arithmetic, not the overhead, fills it.
+SHAPES = {
+    "the demo's, 4 blocks of 256": [],
+    "6 blocks of 384": ["--n_layer", "6", "--n_head", "6", "--n_embd", "384"],
+}
+SECONDS_BETWEEN_CHECKPOINTS = 600
 
 
-def step_times_of_loop(flags: list[str], steps: int) -> list[float]:
-    """Seconds of each step of `train_accelerate`, from one learning rate to the next."""
-    starts, rate = [], train_accelerate.learning_rate_at
+@dataclass(frozen=True)
+class Seconds:
+    """What a block of steps took: on the clock, and of the processors."""
 
-    def rate_and_time(step, settings):
-        starts.append(time.perf_counter())
-        return rate(step, settings)
-
-    train_accelerate.learning_rate_at = rate_and_time
-    try:
-        with redirect_stdout(StringIO()):
-            train_accelerate.main([*flags, "--max_steps", str(steps)])
-    finally:
-        train_accelerate.learning_rate_at = rate
-    return [later - earlier for earlier, later in pairwise(starts)][WARM_UP_STEPS:]
+    wall: float
+    cpu: float
 
 
-def step_times_of_bare_loop(settings: TrainSettings, steps: int) -> list[float]:
-    """Seconds of each step of the loop that everybody writes first."""
-    tokenizer, train_set, _ = train_accelerate.prepare_data(settings)
+class Stopwatch:
+    """Time since it was made, the device's work included."""
+
+    def __init__(self) -> None:
+        self._began = self._now()
+
+    @staticmethod
+    def _now() -> Seconds:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return Seconds(time.perf_counter(), time.process_time())
+
+    def seconds(self) -> Seconds:
+        now = self._now()
+        return Seconds(now.wall - self._began.wall, now.cpu - self._began.cpu)
+
+
+def bare_steps(settings: TrainSettings) -> Iterator[None]:
+    """The loop that everybody writes first, a step each time it is asked."""
+    with redirect_stdout(StringIO()):
+        tokenizer, train_set, _ = train_accelerate.prepare_data(settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose_precision(device, settings.mixed_precision).value
     model = train_accelerate.build_model(settings, tokenizer).train()
     model.to(device)  # type: ignore[arg-type]
     optimizer = build_optimizer(model, settings)
     rows = settings.batch_tokens // settings.block_size
-    loader = build_loader(train_set, collate_blocks, micro_batch_size=rows, seed=settings.seed)
-    times = []
-    for batch in islice(loader, steps):
-        began = time.perf_counter()
+    for batch in build_loader(train_set, collate_blocks, micro_batch_size=rows, seed=settings.seed):
         input_ids = batch["input_ids"].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = model(input_ids, labels=input_ids).loss
@@ -74,65 +87,132 @@ def step_times_of_bare_loop(settings: TrainSettings, steps: int) -> list[float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return times[WARM_UP_STEPS:]
+        yield
+
+
+def blocks_in_turn(flags: list[str], rounds: int, steps: int) -> dict[str, list[Seconds]]:
+    """Seconds of each block of `steps` steps: "bare", "loop", and "saving" for a loop's with a checkpoint."""
+    settings = parse_settings(TrainSettings, [*flags, "--compile", "none"])
+    bare = bare_steps(settings)
+    taken: dict[str, list[Seconds]] = {"bare": [], "loop": [], "saving": []}
+    rate = train_accelerate.learning_rate_at
+    since = Stopwatch()
+    # Blocks begin just before a step that logs and may save, so that the checkpoint's write in the background
+    # slows down steps of the same block; what is left of it at the end is waited for.
+    first_step = 2 * steps - 1
+
+    def take_turns(step: int, current: TrainSettings) -> float:
+        """Called by the real loop where a step begins."""
+        nonlocal since
+        if step >= first_step and (step - first_step) % steps == 0:
+            turn = (step - first_step) // steps
+            if turn > 0:
+                kind = "saving" if turn % 2 else "loop"
+                saved = step // (2 * steps) * 2 * steps
+                while kind == "saving" and saved not in complete_checkpoints(Path(settings.run_dir)):
+                    time.sleep(0.001)
+                taken[kind].append(since.seconds())
+            since = Stopwatch()
+            for _ in range(steps):
+                next(bare)
+            taken["bare"].append(since.seconds())
+            since = Stopwatch()
+        return rate(step, current)
+
+    last_step = first_step + 2 * rounds * steps + 1
+    regular = ["--max_steps", str(last_step), "--save_every_steps", str(2 * steps), "--keep_last", "1"]
+    train_accelerate.learning_rate_at = take_turns
+    next(bare)  # both loops have warmed up before the first block
+    try:
+        with redirect_stdout(StringIO()):
+            train_accelerate.main([*flags, *regular, "--log_every_steps", str(steps), "--compile", "none"])
+    finally:
+        train_accelerate.learning_rate_at = rate
+    return taken
 
 
 def seconds_to_resume(flags: list[str], run_dir: Path) -> float:
     """From starting the command to the end of the next step, imports included."""
-    before = len((run_dir / "metrics.jsonl").read_text().splitlines())
+    metrics = run_dir / "metrics.jsonl"
+    last = max(complete_checkpoints(run_dir))
+    more = ["--max_steps", str(last + 1000), "--allow_change", "--log_every_steps", "1"]
+    before = metrics.stat().st_size
     began = time.perf_counter()
-    command = [sys.executable, str(ROOT / "train_accelerate.py"), *flags, "--max_steps", "1000"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len((run_dir / "metrics.jsonl").read_text().splitlines()) <= before and process.poll() is None:
-        time.sleep(0.02)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_accelerate.py"), *flags, *more], stdout=subprocess.DEVNULL
+    )
+    while metrics.stat().st_size <= before and process.poll() is None:
+        time.sleep(0.01)
     seconds = time.perf_counter() - began
+    assert process.poll() is None, "the run did not go on"
     process.terminate()
     process.wait()
     return seconds
+
+
+def with_quartiles(values: list[float], form: str) -> str:
+    """Median and, in brackets, the quartiles around it."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
+
+
+def measure(name: str, flags: list[str], rounds: int, steps: int) -> list[str]:
+    """The table's rows of one shape."""
+    taken = blocks_in_turn(flags, rounds, steps)
+    run_dir = Path(flags[flags.index("--run_dir") + 1])
+    resume = seconds_to_resume(flags, run_dir)
+    rows = []
+    for clock in ("wall", "cpu"):
+        bare, loop = ([getattr(block, clock) for block in taken[kind]] for kind in ("bare", "loop"))
+        # The order was bare, saving, bare, loop, bare, saving, …: each block of the loop has two beside it.
+        beside = [(one + other) / 2 for one, other in zip(bare[1::2], bare[2::2], strict=False)]
+        more = [with_us / without - 1 for with_us, without in zip(loop, beside, strict=False)]
+        rows.append(
+            f"| {name} | {clock} | {statistics.median(bare) / steps * 1e3:.1f} "
+            f"| {statistics.median(loop) / steps * 1e3:.1f} | {with_quartiles(more, '+.2%')} |"
+        )
+    stalls = [
+        with_one.wall - without.wall
+        for with_one, without in zip(taken["saving"], taken["loop"], strict=False)
+    ]
+    part = [max(stall, 0.0) / SECONDS_BETWEEN_CHECKPOINTS for stall in stalls]
+    print(f"{name}: a checkpoint costs {with_quartiles(stalls, '.3f')} s", file=sys.stderr)
+    rows.append(f"| {name} | a checkpoint every ten minutes | | | {with_quartiles(part, '.3%')} |")
+    rows.append(f"| {name} | started again, to the end of the next step | | {resume * 1e3:,.0f} | |")
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3, help="turns that each loop gets")
-    parser.add_argument("--steps", type=int, default=30, help="steps of a turn")
+    parser.add_argument("--rounds", type=int, default=12, help="blocks of the loop without a checkpoint")
+    parser.add_argument("--steps", type=int, default=10, help="steps of a block")
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes")
+    parser.add_argument("--output", type=Path, help="write the table to this file as well")
     arguments, more = parser.parse_known_args()
+    rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        shards, run_dir = write_toy_shards(folder, documents=8000), folder / "run"
-        flags = ["--config", str(ROOT / "recipes" / "demo.yaml"), "--shards", str(shards), *more]
-        flags += ["--run_dir", str(run_dir), "--save_every_minutes", "0", "--eval_tokens", "4096"]
-        flags += ["--sample_tokens", "1", "--allow_change", "--warmup_steps", "0"]
-        flags += ["--eval_every_steps", "1000000", "--sample_every_steps", "1000000"]
-        rarely = ["--save_every_steps", "1000000"]
-        settings = parse_settings(TrainSettings, [*flags, *rarely])
-        loop: list[float] = []
-        bare: list[float] = []
-        saving: list[float] = []
-        for _ in range(arguments.rounds):
-            shutil.rmtree(run_dir, ignore_errors=True)
-            loop += step_times_of_loop([*flags, *rarely], arguments.steps)
-            bare += step_times_of_bare_loop(settings, arguments.steps)
-            shutil.rmtree(run_dir, ignore_errors=True)
-            saving += step_times_of_loop([*flags, "--save_every_steps", "10"], arguments.steps)
-        resume = seconds_to_resume([*flags, "--save_every_steps", "10", "--log_every_steps", "1"], run_dir)
-    # Whatever else runs on the machine only ever makes a step slower: the fast ones are the undisturbed ones.
-    usual, with_bare = (statistics.quantiles(times, n=10)[0] for times in (loop, bare))
-    # Every tenth step of `saving` holds a checkpoint, and the write behind it slows down some of the next.
-    per_checkpoint = max(0.0, (statistics.mean(saving) - statistics.mean(loop)) * 10)
-    machine = platform.processor() or platform.machine()
-    print(f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    print("| | seconds | |")
-    print("|---|---|---|")
-    print(f"| a step of the bare loop, fastest tenth of {len(bare)} | {with_bare:.4f} | |")
-    more_than_bare = f"{usual / with_bare - 1:+.1%}"
-    print(f"| a step of train_accelerate, fastest tenth of {len(loop)} | {usual:.4f} | {more_than_bare} |")
-    print(f"| lost per checkpoint | {per_checkpoint:.3f} | {per_checkpoint / 600:.3%} of ten minutes |")
-    print(f"| from starting again to the next step | {resume:.1f} | |")
+        shards = write_toy_shards(Path(temporary), documents=8000)
+        for number, (name, shape) in enumerate(list(SHAPES.items())[: arguments.shapes]):
+            flags = ["--config", str(ROOT / "recipes" / "demo.yaml"), "--shards", str(shards), *shape, *more]
+            flags += ["--run_dir", str(Path(temporary, f"run-{number}")), "--save_every_minutes", "0"]
+            flags += ["--eval_tokens", "4096", "--sample_tokens", "1", "--warmup_steps", "0"]
+            flags += ["--eval_every_steps", "1000000", "--sample_every_steps", "1000000"]
+            rows += measure(name, flags, arguments.rounds, arguments.steps)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    threads = torch.get_num_threads()
+    lines = [
+        f"{where}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}. Medians, in "
+        f"brackets the quartiles, of {arguments.rounds} blocks of {arguments.steps} steps.\n",
+        "| model | clock | bare step, ms | step of train_accelerate, ms | more |",
+        "|---|---|---|---|---|",
+        *rows,
+    ]
+    table = "\n".join(lines) + "\n"
+    print(table)
+    if arguments.output:
+        arguments.output.write_text(table, encoding="utf-8")
 
 
 if __name__ == "__main__":
