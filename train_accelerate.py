@@ -16,38 +16,33 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from data.hellaswag import HUB_ID, load_questions
 from data.loader import build_loader, collate_blocks
 from data.prepare import PrepareSettings, prepare
 from data.provenance import describe_rows
 from data.shards import TokenBlocks
 from data.tokenizer import load_tokenizer, token_byte_lengths
 from evaluation.generation import generate_samples
+from evaluation.hellaswag import evaluate_hellaswag
 from evaluation.isolation import preserved_rng
 from evaluation.language_modeling import evaluate_loss
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
-from training.checkpoint import (
-    BackgroundWriter,
-    Keep,
-    TrainState,
-    checkpoint_to_resume,
-    latest_checkpoint,
-    restore_checkpoint,
-    save_checkpoint,
-)
+from training.checkpoint import BackgroundWriter, Keep, TrainState, save_checkpoint
 from training.device import start_accelerator, start_processes
-from training.export import export_model, how_to_load, pretrained_companions
+from training.export import export_model, how_to_load
 from training.guard import StepGuard, check_weights
 from training.interruption import Interruptions
 from training.journal import Journal
-from training.objective import count_targets, language_modeling_loss, to_device
-from training.optimizer import build_optimizer
-from training.recipe import TrainSettings, check_prompts, describe_batch, micro_batches_per_process
-from training.run_directory import RunDirectory, data_fingerprint, on_main_process
+from training.objective import count_targets, count_tokens, language_modeling_loss, to_device
+from training.patience import Patience, restore_best_weights
+from training.recipe import TrainSettings, describe_batch, micro_batches_per_process
+from training.run_directory import on_main_process
 from training.schedule import learning_rate_at
-from training.settings import SettingsError, given_flags, parse_settings, settings_as_yaml
+from training.settings import SettingsError, for_the_owner, given_flags, parse_settings
 from training.shards import announce_shards, make_if_missing, words_to_train
+from training.start import count_parameters, open_run, say_complete
 from training.weights import whole
 
 ROOT = Path(__file__).resolve().parent
@@ -85,12 +80,10 @@ def prepare_data(
     words = words_to_train(settings, given)
     wanted = PrepareSettings(settings.source, shards, settings.tokenizer, train_tokenizer=words)
     make_if_missing(Path(shards, "manifest.json"), lambda: prepare(wanted))
-    try:
+    with for_the_owner(ValueError, OSError):
         tokenizer = load_tokenizer(Path(shards, "tokenizer"))
         train_set = TokenBlocks(shards, settings.block_size)
         eval_set = TokenBlocks(shards, settings.block_size, "validation")
-    except (ValueError, OSError) as error:
-        raise SettingsError(str(error)) from error
     announce_shards(settings, given, train_set.manifest)
     return tokenizer, train_set, eval_set
 
@@ -116,7 +109,7 @@ def build_model(settings: TrainSettings, tokenizer: PreTrainedTokenizerFast) -> 
 
 def train(
     settings: TrainSettings,
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerFast,
     train_set: Dataset,
     eval_set: Dataset,
@@ -125,7 +118,8 @@ def train(
 ) -> TrainState:
     """Train `model` from the run's newest checkpoint, or from its start, to `max_steps`; then export it.
 
-    `collate` makes of some rows of a dataset a micro-batch: `input_ids` and `labels`, int64 (B, T).
+    `model` is any causal language model of transformers, or of PEFT around one. `collate` makes of some rows
+    of a dataset a micro-batch: `input_ids` and `labels`, int64 (B, T), and what else the forward takes.
     `objective(model, micro_batch, num_targets)` is its share of the loss in nats per target of the whole
     step. A step is one update.
 
@@ -135,31 +129,16 @@ def train(
     accelerator, chosen = start_accelerator(settings)
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     accumulation = micro_batches_per_process(settings, world_size)
-    check_prompts(tokenizer, settings, model.config)
-    run_dir = Path(settings.run_dir)
-    fingerprint = data_fingerprint(train_set)
-    run = RunDirectory(accelerator, run_dir, settings, fingerprint, allow_change=settings.allow_change)
-    on_main_process(accelerator, lambda: checkpoint_to_resume(run_dir, warn=print))  # sets damaged ones aside
-    resumed_from = latest_checkpoint(run_dir)
-
-    companions = pretrained_companions(model, tokenizer)
-    companions["settings.yaml"] = settings_as_yaml(settings).encode()
-    parameters = model.num_parameters()
-    if settings.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, settings))
-    state = TrainState(model, optimizer, data_fingerprint=fingerprint, companions=companions)
-    set_seed(settings.seed + rank)  # each process draws its own dropout
-    if resumed_from is not None:
-        restore_checkpoint(accelerator, resumed_from, state)
-    run.continue_metrics(state.step)
-
-    export_dir = run_dir / "export"
-    if state.step >= settings.max_steps and export_dir.exists():
-        accelerator.print(
-            f"The run in {run_dir} is complete ({state.step:,} steps). For a new run give another --run_dir; "
-            f"to train this one on, a higher --max_steps and --allow_change.\n{how_to_load(export_dir)}"
-        )
+    with for_the_owner(ValueError, OSError):
+        source = HUB_ID if settings.hellaswag_questions == "hub" else settings.hellaswag_questions
+        questions = load_questions(source, limit=settings.hellaswag_limit) if source else []
+    parameters = count_parameters(model)
+    run, state = open_run(accelerator, settings, model, tokenizer, train_set)
+    model, optimizer = state.model, state.optimizer
+    run_dir, export_dir = run.path, run.path / "export"
+    patience = Patience(accelerator, run_dir, settings.early_stopping_evaluations)
+    if (state.step >= settings.max_steps or patience.is_over) and export_dir.exists():
+        accelerator.print(say_complete(run_dir, state))
         return state
 
     rows = settings.micro_batch_size
@@ -167,7 +146,7 @@ def train(
     first_micro_batch = state.step * accumulation * world_size
     with preserved_rng():  # an iterator of DataLoader draws a number that nobody uses
         micro_batches = iter(loader(train_set, seed=settings.seed, start_batch=first_micro_batch))
-    eval_batches = -(-settings.eval_tokens // (settings.micro_batch_size * settings.block_size))
+    eval_batches = -(-settings.eval_tokens // (rows * settings.block_size))
     try:
         token_bytes: Tensor | None = torch.from_numpy(token_byte_lengths(tokenizer))
     except ValueError as error:
@@ -185,17 +164,15 @@ def train(
     )
     stop = ""
     with closing(journal), interruptions, closing(writer):
-        journal.say(f"{chosen}\n{parameters:,} parameters; {describe_batch(settings, world_size)}.")
-        begins = f"Going on from step {state.step:,}" if state.step else "A new run"
-        journal.say(f"{begins} in {run_dir}.")
-        journal.event("resumed" if resumed_from else "started", step=state.step, processes=world_size)
-        while state.step < settings.max_steps and not stop:
+        journal.begin(state, f"{chosen}\n{parameters:,} parameters; {describe_batch(settings, world_size)}.")
+        while state.step < settings.max_steps and not stop and not patience.is_over:
             learning_rate = learning_rate_at(state.step, settings)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             model.train()
             batches = [to_device(batch, device) for batch in islice(micro_batches, accumulation)]
-            num_targets = accelerator.reduce(sum(map(count_targets, batches)), "sum").clamp(min=1)
+            counts = torch.stack([torch.stack([count_targets(b), count_tokens(b)]) for b in batches]).sum(0)
+            num_targets, num_tokens = accelerator.reduce(counts, "sum").clamp(min=1)
             shares = []  # of the step's loss, by micro-batch
             for number, batch in enumerate(batches, start=1):
                 # Gradients travel between processes once a step, with the last micro-batch.
@@ -211,29 +188,38 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             state.step += 1
-            state.tokens += settings.batch_tokens
-            journal.add(state, learning_rate, loss, gradient_norm, is_skipped, all_shares)
+            journal.add(state, learning_rate, loss, gradient_norm, is_skipped, num_tokens, all_shares)
 
             agreed = interruptions.agree(alarm=writer.cannot_go_on())
             is_last = state.step == settings.max_steps
-            stop = "" if is_last else agreed.stop
             evaluates = is_last or state.step % settings.eval_every_steps == 0
-            samples = is_last or state.step % settings.sample_every_steps == 0
-            saves = is_last or bool(stop) or agreed.save or state.step % settings.save_every_steps == 0
-            if evaluates or samples or saves or state.step % settings.log_every_steps == 0:
+            if evaluates or state.step % settings.log_every_steps == 0:
                 journal.flush(state)
-            if evaluates or samples:
-                check_weights(accelerator, model, state.step)
+            saves = agreed.save or state.step % settings.save_every_steps == 0
             if evaluates:
+                check_weights(accelerator, model, state.step)
                 result = evaluate(model, loader(eval_set, seed=None), accelerator)
                 journal.validation(state, result.loss, result.bits_per_byte)
+                saves |= patience.improves(result.loss) and settings.export_best
+            is_last |= patience.is_over
+            stop = "" if is_last else agreed.stop
+            samples = is_last or state.step % settings.sample_every_steps == 0
+            scores = questions and (is_last or state.step % settings.hellaswag_every_steps == 0)
+            saves |= is_last or bool(stop)
+            if samples or scores or saves:
+                journal.flush(state)
+            if samples or scores:
+                check_weights(accelerator, model, state.step)
+            if scores:
+                found = evaluate_hellaswag(model, tokenizer, questions, accelerator, styles=["harness"])
+                journal.hellaswag(state, found.accuracy["harness_acc_norm"].value, found.questions)
             if saves:  # after the validation, whose loss says which checkpoint is best
                 save_checkpoint(accelerator, run_dir, state, keep=keep, writer=writer)
                 interruptions.saved()
             if samples:
                 prompts, temperature = settings.sample_prompts, settings.sample_temperature
                 journal.samples(prompts, sample(model, tokenizer, prompts, temperature=temperature))
-            if evaluates or samples or saves:
+            if evaluates or samples or scores or saves:
                 journal.resume_clock()
         on_main_process(accelerator, writer.finish)
     journal.event("stopped" if stop else "finished", step=state.step, reason=stop)
@@ -241,6 +227,8 @@ def train(
     if stop:
         journal.say(f"Stopped after step {state.step:,}: {stop}. The same command goes on from there.")
         return state
+    if settings.export_best:
+        journal.say(restore_best_weights(accelerator, run_dir, state))
     export_model(accelerator, model, tokenizer, export_dir)
     journal.say(how_to_load(export_dir))
     return state

@@ -22,14 +22,13 @@ from training.trackers import Trackers
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step. `numbers`, float32 (3 + micro-batches of this process,), are still on the device.
+    """One step. `numbers`, float32 (4 + micro-batches of this process,), are still on the device.
 
-    They are the loss, the gradient norm, 1 if the update was skipped, and each micro-batch's share of the
-    loss.
+    They are the loss, the gradient norm, 1 if the update was skipped, the step's tokens over all processes,
+    and each micro-batch's share of the loss.
     """
 
     step: int
-    tokens: int
     learning_rate: float
     numbers: Tensor
 
@@ -58,6 +57,15 @@ class Journal:
         self._stopwatch = Stopwatch()
         self._elapsed_before, self._began = state.elapsed_seconds, time.monotonic()
 
+    def begin(self, state: TrainState, text: str) -> None:
+        """Say and note that training starts or goes on."""
+        self.say(text)
+        self.say(
+            f"{f'Going on from step {state.step:,}' if state.step else 'A new run'} in {self._run.path}."
+        )
+        processes = self._accelerator.num_processes
+        self.event("resumed" if state.step else "started", step=state.step, processes=processes)
+
     def add(
         self,
         state: TrainState,
@@ -65,15 +73,15 @@ class Journal:
         loss: Tensor,
         gradient_norm: Tensor,
         is_skipped: Tensor,
+        tokens: Tensor,
         shares: Tensor,
     ) -> None:
-        """The step that `state` counted last was taken.
+        """The step that `state` counted last was taken, with `tokens` over all processes.
 
         Nothing waits for the tensors, 0-d but for `shares`.
         """
-        numbers = torch.cat([torch.stack([loss, gradient_norm, is_skipped]), shares])
-        self._records.append(StepRecord(state.step, state.tokens, learning_rate, numbers))
-        self._stopwatch.add(self._settings.batch_tokens)
+        numbers = torch.cat([torch.stack([loss, gradient_norm, is_skipped, tokens.to(loss.dtype)]), shares])
+        self._records.append(StepRecord(state.step, learning_rate, numbers))
 
     def flush(self, state: TrainState) -> None:
         """Write the metrics of all steps since the last flush, and bring `state`'s counts up to date.
@@ -85,14 +93,15 @@ class Journal:
             return
         records, self._records = self._records, []
         numbers = torch.stack([record.numbers for record in records]).tolist()
-        speed = self._stopwatch.tokens_per_second()
+        speed = self._stopwatch.tokens_per_second(int(sum(row[3] for row in numbers)))
         state.elapsed_seconds = self._elapsed_before + time.monotonic() - self._began
         state.skipped_steps, state.skipped_in_a_row = self._guard.read()
         lines = []
-        for record, (loss, gradient_norm, is_skipped, *_) in zip(records, numbers, strict=True):
+        for record, (loss, gradient_norm, is_skipped, tokens, *_) in zip(records, numbers, strict=True):
+            state.tokens += int(tokens)
             line = {
                 "step": record.step,
-                "tokens": record.tokens,
+                "tokens": state.tokens,
                 "loss": loss,
                 "learning_rate": record.learning_rate,
                 "gradient_norm": gradient_norm,
@@ -112,7 +121,7 @@ class Journal:
         self._progress.show(state.step, numbers[-1][0], records[-1].learning_rate, speed)
         self._stopwatch.restart()
         if state.skipped_in_a_row >= self._settings.max_skipped_steps:
-            raise SettingsError(self._diverged(state, records[-1].step, numbers[-1][3:]))
+            raise SettingsError(self._diverged(state, records[-1].step, numbers[-1][4:]))
 
     def _diverged(self, state: TrainState, last_step: int, shares: list[float]) -> str:
         """The message that ends a run whose steps are not finite. Every process calls this."""
@@ -149,6 +158,18 @@ class Journal:
         self._trackers.log({"validation_loss": loss, "bits_per_byte": bits_per_byte}, state.step)
         in_bytes = f", {bits_per_byte:.4f} bits/byte" if bits_per_byte is not None else ""
         self.say(f"step {state.step:,}: validation loss {loss:.4f} nats/token{in_bytes}")
+
+    def hellaswag(self, state: TrainState, accuracy: float, questions: int) -> None:
+        """The part of `questions` answered rightly, lm-evaluation-harness's `acc_norm`."""
+        line = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "hellaswag_acc_norm": accuracy,
+            "hellaswag_questions": questions,
+        }
+        self._run.append_metrics([line])
+        self._trackers.log({"hellaswag_acc_norm": accuracy}, state.step)
+        self.say(f"step {state.step:,}: HellaSwag {accuracy:.2%} of {questions:,} questions (acc_norm)")
 
     def samples(self, prompts: tuple[str, ...], texts: list[str]) -> None:
         """Show what the model writes."""

@@ -91,6 +91,13 @@ class TrainSettings:
     sample_prompts: tuple[str, ...] = setting(("The",), "beginnings that the model continues")
     sample_tokens: int = setting(48, "length of a sample", "tokens", at_least=1)
     sample_temperature: float = setting(0.8, "randomness of samples; 0 is greedy", at_least=0)
+    hellaswag_questions: str = setting(
+        "", "HellaSwag while training: a local hellaswag_val.jsonl, or hub for Rowan/hellaswag; empty is off"
+    )
+    hellaswag_limit: int = setting(1000, "the first of its questions that are asked", "questions", at_least=1)
+    hellaswag_every_steps: int = setting(
+        1000, "time between HellaSwag scores; also at the end", "steps", at_least=1
+    )
     log_every_steps: int = setting(
         10, "time between writes of metrics.jsonl, which has a line per step", "steps", at_least=1
     )
@@ -109,9 +116,19 @@ class TrainSettings:
         0, "checkpoints at multiples of this are kept for good; 0 is none", "steps", at_least=0
     )
     keep_best: bool = setting(True, "keep the checkpoint with the lowest validation loss as well")
+    export_best: bool = setting(
+        False,
+        "export the weights with the lowest validation loss instead of the last; saves at each better one",
+    )
     # Stopping
     max_minutes: float = setting(
         0.0, "stop with a checkpoint after this long, for queue limits; 0 is never", "minutes", at_least=0
+    )
+    early_stopping_evaluations: int = setting(
+        0,
+        "validations in a row without a better loss that end the run; 0 is never",
+        "validations",
+        at_least=0,
     )
     max_skipped_steps: int = setting(
         20, "non-finite steps in a row that end the run; single ones are skipped", "steps", at_least=1
@@ -139,6 +156,8 @@ class TrainSettings:
                 f"sample_tokens={self.sample_tokens:,} leaves no room for a prompt in "
                 f"block_size={self.block_size:,}; give fewer"
             )
+        if self.export_best and not self.keep_best:
+            problems.append("export_best needs keep_best, or the best checkpoint may be gone by the end")
         if self.batch_tokens % self.block_size:
             problems.append(_does_not_divide(self.batch_tokens, 1, self.block_size, 1))
         return problems

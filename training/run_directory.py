@@ -66,10 +66,16 @@ def on_main_process(
 def data_fingerprint(train_set: Any) -> str:
     """What the training data is, whatever folder it lies in: of its tokenizer and of every shard's hash.
 
-    A dataset without a manifest says so itself, with an attribute `fingerprint`.
+    A dataset without a manifest says so itself, with an attribute `fingerprint`; or else its rows are read.
     """
     if hasattr(train_set, "fingerprint"):
         return train_set.fingerprint
+    if not hasattr(train_set, "manifest"):
+        digest = hashlib.sha256()
+        for index in range(len(train_set)):
+            row = train_set[index]
+            digest.update(json.dumps({name: torch.as_tensor(row[name]).tolist() for name in row}).encode())
+        return digest.hexdigest()
     manifest = train_set.manifest
     content = [manifest.tokenizer_fingerprint, *((shard.split, shard.sha256) for shard in manifest.shards)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

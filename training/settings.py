@@ -5,7 +5,8 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,15 @@ S = TypeVar("S")
 
 class SettingsError(ValueError):
     """What is wrong with a user's settings or run directory, complete and in words for that user."""
+
+
+@contextmanager
+def for_the_owner(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds inside are the user's to mend: they become a SettingsError with their message."""
+    try:
+        yield
+    except kinds as error:
+        raise SettingsError(str(error)) from error
 
 
 def setting(

@@ -17,19 +17,14 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
-        self._tokens = 0
-
-    def add(self, tokens: int) -> None:
-        """Count the tokens of a step."""
-        self._tokens += tokens
 
     def restart(self) -> None:
-        """Forget what was counted; call when training goes on."""
-        self._began, self._tokens = time.perf_counter(), 0
+        """Call when training goes on."""
+        self._began = time.perf_counter()
 
-    def tokens_per_second(self) -> float:
-        """Since the last `restart`. Only right after the device has been waited for."""
-        return self._tokens / max(time.perf_counter() - self._began, 1e-9)
+    def tokens_per_second(self, tokens: int) -> float:
+        """Of `tokens` since the last `restart`. Only right after the device has been waited for."""
+        return tokens / max(time.perf_counter() - self._began, 1e-9)
 
 
 class Progress:
