@@ -74,13 +74,38 @@ def collate_blocks(rows: BlockRows | list[dict[str, torch.Tensor]]) -> dict[str,
     return {"input_ids": input_ids, "labels": input_ids}
 
 
+def collate_documents(rows: BlockRows | list[dict[str, torch.Tensor]], *, end_id: int) -> dict[str, torch.Tensor]:
+    """`collate_blocks` with the documents of a row kept apart: adds `position_ids`, (B, T) int64.
+
+    Positions start again after each `end_id`, which our model takes as the border between documents, and the
+    first token of a document is no target: what stands before it belongs to another one.
+    """
+    batch = collate_blocks(rows)
+    input_ids = batch["input_ids"]
+    positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    begins = torch.zeros_like(input_ids, dtype=torch.bool)
+    begins[:, 1:] = input_ids[:, :-1] == end_id
+    starts = torch.where(begins, positions, 0).cummax(dim=1).values
+    return {**batch, "labels": input_ids.masked_fill(begins, -100), "position_ids": positions - starts}
+
+
 class ShuffledBatches:
     """Endless lists of dataset indices: global micro-batches start_batch + rank, + world_size, … of the
-    stream.
+    stream. With `counts_epochs`, epoch e adds e times the length to each.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, start_batch: int, rank: int, world_size: int):
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        start_batch: int,
+        rank: int,
+        world_size: int,
+        counts_epochs: bool = False,
+    ):
         self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.counts_epochs = counts_epochs
         self.first, self.stride = start_batch + rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -90,7 +115,10 @@ class ShuffledBatches:
         while True:
             numbers = batch + self.stride * np.arange(batches, dtype=np.int64)
             positions = numbers[:, None] * self.batch_size + within
-            yield from permuted(positions.ravel(), self.length, self.seed).reshape(positions.shape).tolist()
+            indices = permuted(positions.ravel(), self.length, self.seed).reshape(positions.shape)
+            if self.counts_epochs:
+                indices += positions // self.length * self.length
+            yield from indices.tolist()
             batch += self.stride * batches
 
 
@@ -128,6 +156,9 @@ def build_loader(
     first global one, so that a resumed run sees what it would have seen, on any number of processes. With
     seed None: one pass in order, sliced by rank in the same way; ranks may differ by one batch.
 
+    A dataset whose items change from epoch to epoch says so with an attribute `varies_by_epoch`: in epoch e
+    of the stream it is asked for index + e * len(dataset).
+
     Raises:
         ValueError: if the dataset is empty or the numbers do not fit each other.
     """
@@ -146,7 +177,10 @@ def build_loader(
     if seed is None:
         batches: Any = OrderedBatches(length, micro_batch_size, start_batch, rank, world_size)
     else:
-        batches = ShuffledBatches(length, micro_batch_size, seed, start_batch, rank, world_size)
+        counts_epochs = getattr(dataset, "varies_by_epoch", False)
+        batches = ShuffledBatches(
+            length, micro_batch_size, seed, start_batch, rank, world_size, counts_epochs=counts_epochs
+        )
     # In this process: cutting a batch from mapped memory takes microseconds, handing it over from a worker
     # more.
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=0)

@@ -105,7 +105,10 @@ def list_parts(spec: SourceSpec) -> list[Part]:
 def resolved(spec: SourceSpec) -> SourceSpec:
     """The source that a short name stands for; any other spec as it is."""
     if spec.source == "dungeons":
-        return replace(spec, source=os.fspath(BUNDLED))
+        # Its training split alone: the others are for measuring.
+        return replace(
+            spec, source=os.fspath(BUNDLED / "dungeons" / "train.jsonl"), text_column="description"
+        )
     if spec.source not in NAMED_SOURCES:
         return spec
     name, config = NAMED_SOURCES[spec.source]
@@ -121,6 +124,7 @@ def read_part(spec: SourceSpec, part: Part, counts: Counter[str] | None = None) 
     Raises:
         SourceError: naming the file, if it is damaged or lacks the text column.
     """
+    spec = resolved(spec)
     counts = Counter() if counts is None else counts
     for path in part.paths:
         for text, name in _read_one(spec, path, counts):

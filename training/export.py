@@ -16,16 +16,21 @@ from transformers.utils import logging as transformers_logging
 
 from training.files import explain_write_error, flush_folder, flush_tree
 from training.settings import SettingsError
-from training.weights import bare_model, named_weights, whole
+from training.weights import bare_model, is_adapted, named_weights, whole
 
 
 def pretrained_companions(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     """Every file but the weights that `from_pretrained` wants, by name: config, code, tokenizer.
 
-    Ids that only pad the vocabulary are never generated from such a folder.
+    Ids that only pad the vocabulary are never generated from such a folder. Of a model with adapters, whose
+    checkpoints hold no base, it is the adapter's configuration and the tokenizer.
     """
     tokenizer = ready_for_batches(tokenizer)
     with tempfile.TemporaryDirectory() as temporary:
+        if is_adapted(model):
+            model.peft_config[model.active_adapter].save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            return _contents(Path(temporary))
         model.config.save_pretrained(temporary)
         if getattr(model, "_auto_class", None) is not None:
             custom_object_save(model, temporary, config=model.config)
@@ -36,7 +41,11 @@ def pretrained_companions(model: Any, tokenizer: PreTrainedTokenizerBase) -> dic
             generation_config.pad_token_id = tokenizer.pad_token_id
             generation_config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        return {path.name: path.read_bytes() for path in sorted(Path(temporary).iterdir()) if path.is_file()}
+        return _contents(Path(temporary))
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def export_model(
@@ -45,8 +54,8 @@ def export_model(
     """Write weights, config, code, generation config and tokenizer; `out_dir` appears when all is there.
 
     The vocabulary is cut to the tokenizer's: rows that only padded it go, and other logits stay the same bit
-    for bit. An `out_dir` that exists is renamed, not overwritten. Every process calls this; the main process
-    writes.
+    for bit. Of a model with adapters (PEFT) the adapter is written. An `out_dir` that exists is renamed, not
+    overwritten. Every process calls this; the main process writes.
 
     Raises:
         SettingsError: if it cannot be written (disk full, no permission); nothing is left behind then.
@@ -65,7 +74,7 @@ def export_model(
     exported, state_dict = bare, weights or None
     generation_config = copy.deepcopy(bare.generation_config)
     generation_config.pad_token_id = tokenizer.pad_token_id
-    if bare.config.vocab_size > len(tokenizer):
+    if bare.config.vocab_size > len(tokenizer) and not is_adapted(bare):
         config = copy.deepcopy(bare.config)
         config.vocab_size = len(tokenizer)
         embeddings = {

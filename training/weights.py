@@ -28,12 +28,20 @@ def bare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers of a bare model by name; what is tied appears once.
 
-    Tensors are the model's own: DTensors where it is sharded.
+    Tensors are the model's own: DTensors where it is sharded. Of a model with adapters (PEFT) only what is
+    trained: the base is frozen, and whoever made the model has it.
     """
+    if is_adapted(model):
+        return {_clean(name): p.detach() for name, p in model.named_parameters() if p.requires_grad}
     persistent = model.state_dict().keys()
     named: dict[str, Tensor] = dict(model.named_parameters())
     named.update((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
     return {_clean(name): tensor.detach() for name, tensor in named.items()}
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether it is PEFT's wrapper around a frozen model."""
+    return hasattr(model, "peft_config")
 
 
 def named_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,0 +1,72 @@
+"""LoRA (Hu et al. 2021) through PEFT: attached to any causal model, or refused with what it could fit."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from training.settings import SettingsError
+
+
+def attach_lora(
+    model: Any, targets: Sequence[str], *, rank: int, alpha: float, dropout: float, base: str
+) -> Any:
+    """`model` with trainable low-rank updates beside its frozen weights. `base` is where to find it again.
+
+    Raises:
+        SettingsError: if PEFT is not installed, or some target names no layer; the message has what there is.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise SettingsError("--method lora needs a package: pip install peft") from error
+    candidates = sorted(
+        {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    )
+    names = [name for name, _ in model.named_modules()]
+    is_all = list(targets) == ["all-linear"]
+    unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    if not targets or (unknown and not is_all):
+        raise SettingsError(
+            f"--lora_targets {' '.join(unknown) or '(none)'}: no layer of this {type(model).__name__} is "
+            f"called so. It has {', '.join(candidates)}; all-linear takes each but the head."
+        )
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        target_modules="all-linear" if is_all else list(targets),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        # Stock GPT-2's layers are transposed.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    adapted = peft.get_peft_model(model, config)
+    config.base_model_name_or_path = base
+    return adapted
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether `folder` holds an adapter, not a whole model."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def with_adapter(base: Any, folder: Path, *, merge: bool) -> Any:
+    """`base` with the adapter of `folder` beside its weights, or added to them.
+
+    Raises:
+        SettingsError: if the adapter belongs to a model of another shape or architecture.
+    """
+    import peft
+
+    try:
+        adapted = peft.PeftModel.from_pretrained(base, folder)
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(
+            f"the adapter in {folder} does not fit this {type(base).__name__}: {reason} An adapter can only be "
+            "merged into the model that it was trained on; give that one with --model."
+        ) from error
+    return adapted.merge_and_unload() if merge else adapted
