@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,6 +16,9 @@ STOP_FILE = "STOP"
 SECONDS_BETWEEN_LOOKS_AT_STOP_FILE = 1.0
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+# The launcher of several processes, torchrun, hands them a Ctrl-C that the terminal has already sent them.
+SIGINTS_OF_A_CTRL_C_BELOW_TORCHRUN = 2
+CODE_AFTER_CTRL_C = 128 + signal.SIGINT  # as shells say it
 # What one process may have seen, in order of importance: the largest number any of them saw counts.
 REASONS = (
     "",
@@ -38,8 +42,7 @@ class Interruptions:
     """Catches signals while it is entered; `agree` tells every process the same at the same step.
 
     A first SIGINT, SIGTERM or SIGUSR1 lets the step finish, also the validation or sampling after it. A
-    second Ctrl-C ends the process at once; launchers that pass the same Ctrl-C on as SIGTERM do not count as
-    a second.
+    second Ctrl-C ends the process at once, by SystemExit.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Interruptions:
         self._save_every_seconds = save_every_minutes * 60 or float("inf")
         self._last_save = self._last_look = time.monotonic()
         self._signal: int | None = None
+        self._sigints_left = SIGINTS_OF_A_CTRL_C_BELOW_TORCHRUN if "TORCHELASTIC_RUN_ID" in os.environ else 1
         # Only a launcher stays to wait for us: a shell that is closed is no reason to stop.
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
         self._previous: dict[int, object] = {}
@@ -70,12 +74,19 @@ class Interruptions:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._signal is not None:
+            return  # the process is ending, and the launcher's copy of a Ctrl-C may yet come
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self._signal == number == signal.SIGINT:
-            raise KeyboardInterrupt("second Ctrl-C: stopping at once, without a checkpoint")
+        if number == signal.SIGINT:
+            if self._sigints_left == 0:
+                _write_now(b"\nCtrl-C again: stopping at once, without a checkpoint.\n")
+                raise SystemExit(CODE_AFTER_CTRL_C)
+            self._sigints_left -= 1
+            if self._signal is None and self._accelerator.is_main_process:
+                _write_now(b"\nCtrl-C: this step will be finished and saved. Again: stop at once.\n")
         self._signal = self._signal or number
 
     def saved(self) -> None:
@@ -112,3 +123,9 @@ class Interruptions:
         """Remove the stop file that was obeyed, so that the next start does not stop again."""
         if self._accelerator.is_main_process:
             self._stop_file.unlink(missing_ok=True)
+
+
+def _write_now(text: bytes) -> None:
+    """Not `print`: the signal may have come in the middle of one."""
+    with suppress(OSError):
+        os.write(2, text)
