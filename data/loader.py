@@ -65,28 +65,27 @@ def _mix(value: np.ndarray) -> np.ndarray:
         return value ^ (value >> np.uint64(31))
 
 
-def collate_blocks(rows: BlockRows | list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """{"input_ids": (B, T) int64, "labels": the same tensor}. Who masks labels clones them first."""
+def collate_blocks(
+    rows: BlockRows | list[dict[str, torch.Tensor]], *, end_id: int | None = None
+) -> dict[str, torch.Tensor]:
+    """{"input_ids": (B, T) int64, "labels": the same tensor}. Who masks labels clones them first.
+
+    With `end_id` the documents of a row are kept apart: `position_ids`, (B, T) int64, start again after each
+    `end_id`, which our model takes as the border between documents, and the first token of a document is no
+    target, for what stands before it belongs to another one.
+    """
     if isinstance(rows, BlockRows):
         input_ids = rows.input_ids
     else:
         input_ids = torch.stack([row["input_ids"] for row in rows])
-    return {"input_ids": input_ids, "labels": input_ids}
-
-
-def collate_documents(rows: BlockRows | list[dict[str, torch.Tensor]], *, end_id: int) -> dict[str, torch.Tensor]:
-    """`collate_blocks` with the documents of a row kept apart: adds `position_ids`, (B, T) int64.
-
-    Positions start again after each `end_id`, which our model takes as the border between documents, and the
-    first token of a document is no target: what stands before it belongs to another one.
-    """
-    batch = collate_blocks(rows)
-    input_ids = batch["input_ids"]
+    if end_id is None:
+        return {"input_ids": input_ids, "labels": input_ids}
     positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
     begins = torch.zeros_like(input_ids, dtype=torch.bool)
     begins[:, 1:] = input_ids[:, :-1] == end_id
     starts = torch.where(begins, positions, 0).cummax(dim=1).values
-    return {**batch, "labels": input_ids.masked_fill(begins, -100), "position_ids": positions - starts}
+    labels = input_ids.masked_fill(begins, -100)
+    return {"input_ids": input_ids, "labels": labels, "position_ids": positions - starts}
 
 
 class ShuffledBatches:
@@ -183,4 +182,7 @@ def build_loader(
         )
     # In this process: cutting a batch from mapped memory takes microseconds, handing it over from a worker
     # more.
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=0)
+    # Its iterators draw a number that nobody uses: from a generator of their own, not from the training's.
+    return DataLoader(
+        dataset, batch_sampler=batches, collate_fn=collate, num_workers=0, generator=torch.Generator()
+    )

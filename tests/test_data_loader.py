@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.loader import build_loader, collate_blocks, permuted
+from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -121,3 +122,22 @@ def test_impossible_slices_are_refused_with_all_problems_at_once():
         build_loader(Numbers(4), collate_blocks, micro_batch_size=1, seed=1, rank=2, world_size=2)
     with pytest.raises(ValueError, match="nothing to permute"):
         permuted(0, 0, 1)
+
+
+def test_documents_of_a_row_are_told_apart_by_restarting_positions():
+    """Each border costs one target: what follows an end token belongs to another document."""
+    rows = [{"input_ids": torch.tensor(ids)} for ids in ([5, 6, 0, 7, 8, 9], [0, 0, 5, 6, 7, 0])]
+    batch = collate_blocks(rows, end_id=0)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2], [0, 0, 0, 1, 2, 3]]
+    assert batch["labels"].tolist() == [[5, 6, 0, -100, 8, 9], [0, -100, -100, 6, 7, 0]]
+    assert torch.equal(batch["input_ids"], collate_blocks(rows)["input_ids"])
+
+
+def test_a_masked_row_gives_each_document_the_loss_it_has_alone():
+    model = GPTScratchForCausalLM(GPTScratchConfig.preset("tiny", vocab_size=16)).eval()
+    first, second = [5, 6, 3, 0], [7, 8, 9, 2, 0]
+    row = collate_blocks([{"input_ids": torch.tensor(first + second)}], end_id=0)
+    alone = [collate_blocks([{"input_ids": torch.tensor(ids)}], end_id=0) for ids in (first, second)]
+    together = model(**row, num_items_in_batch=1).loss
+    apart = sum(model(**batch, num_items_in_batch=1).loss for batch in alone)
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)  # float32, other products

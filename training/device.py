@@ -120,7 +120,7 @@ def choose_precision(device: torch.device, wanted: str) -> Choice:
             return Choice("bf16", "the GPU has it in hardware")
         return Choice("fp16", "the GPU has no bfloat16")
     if device.type == "cpu":
-        if _cpu_has_bfloat16():
+        if cpu_has_bfloat16():
             return Choice("bf16", "the CPU has it in hardware")
         return Choice("no", "the CPU would emulate bfloat16")
     return Choice("no", f"float32 is the safe choice on {device.type}")
@@ -187,7 +187,7 @@ def choose_compilation(device: torch.device, settings: TrainSettings) -> Choice:
     return Choice("none", f"not tried on {device.type}")
 
 
-def _cpu_has_bfloat16() -> bool:
+def cpu_has_bfloat16() -> bool:
     """Linux says so in /proc/cpuinfo: `avx512_bf16`, `amx_bf16` on x86, `bf16` on ARM."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())

@@ -24,6 +24,7 @@ class TrainSettings:
     block_size: int = setting(
         1024, "tokens in a row, also the context of the model", "tokens", at_least=2, changes_run=True
     )
+    mask_documents: bool = setting(False, "documents in one row do not see one another", changes_run=True)
     # Run
     run_dir: str = setting("artifacts/runs/gpt2", "folder for everything that the run writes")
     max_steps: int = setting(19_073, "length of the run", "steps", at_least=1, changes_run=True)
@@ -42,10 +43,24 @@ class TrainSettings:
         0.0, "dropout of embeddings, attention and residual branches", at_least=0, changes_run=True
     )
     # Update rule
-    optimizer: str = setting("adamw", "update rule", choices=("adamw",), changes_run=True)
+    optimizer: str = setting(
+        "adamw",
+        "update rule; muon is for hidden matrices, everything else stays with AdamW",
+        choices=("adamw", "muon"),
+        changes_run=True,
+    )
     learning_rate: float = setting(6e-4, "highest learning rate", at_least=0, changes_run=True)
     final_learning_rate_ratio: float = setting(
         0.1, "last learning rate as a part of the highest", at_least=0, changes_run=True
+    )
+    schedule: str = setting(
+        "cosine",
+        "how the learning rate comes down after its rise",
+        choices=("cosine", "trapezoidal"),
+        changes_run=True,
+    )
+    cooldown_ratio: float = setting(
+        0.4, "last part of the run in which a trapezoidal schedule comes down", at_least=0, changes_run=True
     )
     warmup_steps: int = setting(
         715, "linear rise of the learning rate", "steps", at_least=0, changes_run=True
@@ -55,6 +70,18 @@ class TrainSettings:
     adam_beta2: float = setting(0.95, "memory of AdamW's second moment", at_least=0, changes_run=True)
     adam_epsilon: float = setting(
         1e-8, "AdamW's guard against division by zero", at_least=0, changes_run=True
+    )
+    muon_learning_rate: float = setting(
+        0.02, "highest learning rate of the matrices under Muon", at_least=0, changes_run=True
+    )
+    muon_momentum: float = setting(0.95, "memory of Muon's momentum", at_least=0, changes_run=True)
+    muon_weight_decay: float = setting(0.01, "decay of the matrices under Muon", at_least=0, changes_run=True)
+    ema_decay: float = setting(
+        0.0,
+        "keep, validate and export an exponential moving average of the weights too; 0 is none, 0.999 averages "
+        "about a thousand steps",
+        at_least=0,
+        changes_run=True,
     )
     max_grad_norm: float = setting(
         1.0,
@@ -81,6 +108,19 @@ class TrainSettings:
     )
     deterministic: bool = setting(
         False, "on GPUs, only kernels that repeat bit for bit (the CPU's always do)"
+    )
+    peak_tflops: float = setting(
+        0.0,
+        "16-bit matrix products of one device, for MFU; 0 takes the table's or measures",
+        "TFLOP/s",
+        at_least=0,
+    )
+    # Before it starts
+    plan: bool = setting(False, "try some steps, print memory, time and money of the run, and start nothing")
+    plan_steps: int = setting(20, "steps that a plan tries", "steps", at_least=2)
+    plan_output: str = setting("", "file for the plan's numbers as JSON")
+    find_micro_batch_size: bool = setting(
+        False, "take the largest micro_batch_size that fits the memory, found by trying"
     )
     # Looking at the model
     eval_every_steps: int = setting(250, "time between validations; one also at the end", "steps", at_least=1)
@@ -124,6 +164,29 @@ class TrainSettings:
     max_minutes: float = setting(
         0.0, "stop with a checkpoint after this long, for queue limits; 0 is never", "minutes", at_least=0
     )
+    fit_schedule: bool = setting(
+        False, "shorten the run so that it ends within max_minutes, its learning rate too", changes_run=True
+    )
+    budget_tokens: int = setting(
+        0,
+        "end the run after this many, the schedule fitted to it; 0 is no limit",
+        "tokens",
+        at_least=0,
+        changes_run=True,
+    )
+    budget_usd: float = setting(
+        0.0,
+        "end the run when this is spent, the schedule fitted to it; 0 is no limit",
+        "US dollars",
+        at_least=0,
+        changes_run=True,
+    )
+    price_per_gpu_hour_usd: float = setting(
+        0.0,
+        "price of a process's device (a GPU, or its share of the CPU), for spend and plan",
+        "US dollars",
+        at_least=0,
+    )
     early_stopping_evaluations: int = setting(
         0,
         "validations in a row without a better loss that end the run; 0 is never",
@@ -141,7 +204,9 @@ class TrainSettings:
             problems.append(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if self.dropout >= 1:
             problems.append(f"dropout={self.dropout} must be below 1")
-        for name in ("adam_beta1", "adam_beta2"):
+        if self.cooldown_ratio > 1:
+            problems.append(f"cooldown_ratio={self.cooldown_ratio} is a part of the run: at most 1")
+        for name in ("adam_beta1", "adam_beta2", "muon_momentum", "ema_decay"):
             if getattr(self, name) >= 1:
                 problems.append(f"{name}={getattr(self, name)} must be below 1")
         if self.warmup_steps > self.max_steps:
@@ -155,6 +220,18 @@ class TrainSettings:
             problems.append(
                 f"sample_tokens={self.sample_tokens:,} leaves no room for a prompt in "
                 f"block_size={self.block_size:,}; give fewer"
+            )
+        if self.budget_usd and not self.price_per_gpu_hour_usd:
+            problems.append("budget_usd needs price_per_gpu_hour_usd, or nobody knows when it is spent")
+        if self.fit_schedule and not self.max_minutes:
+            problems.append("fit_schedule needs max_minutes, the time to fit into")
+        if 0 < self.budget_tokens < self.save_every_steps * self.batch_tokens:
+            steps = self.budget_tokens // self.batch_tokens
+            problems.append(
+                f"budget_tokens={self.budget_tokens:,} are {steps:,} steps of {self.batch_tokens:,}, fewer "
+                f"than save_every_steps={self.save_every_steps:,}: the run would end before its first "
+                "checkpoint is due; "
+                + (f"give --save_every_steps {steps:,} or less" if steps else "give more")
             )
         if self.export_best and not self.keep_best:
             problems.append("export_best needs keep_best, or the best checkpoint may be gone by the end")
