@@ -1,17 +1,26 @@
-"""HellaSwag speed beside the two references, on one machine in one run: questions per second.
+"""HellaSwag beside the two references, on one machine in one run: speed, log-probabilities, choices.
 
-    python -m benchmarks.hellaswag --data hellaswag_val.jsonl --limit 60 --rounds 2
+    python -m benchmarks.hellaswag --data hellaswag_val.jsonl --limit 60 --rounds 3 --output hellaswag.md
 
-A GPT-2 of 124M shape with random weights, unless --model names another; what the weights are does not
-change the arithmetic. lm-evaluation-harness is the installed one. build-nanogpt's way, four padded rows of
-one question in a forward with all logits, is written out here after its hellaswag.py. The contestants take
-turns, so that a machine's other work falls on all of them; the best round of each counts.
+A GPT-2 of 124M shape with random weights, unless --model names another: the weights do not change the
+arithmetic, and are drawn wide enough for endings to differ. lm-evaluation-harness is the installed one.
+build-nanogpt's way, four padded rows of one question in a forward with all logits, is written out here after
+its hellaswag.py. The contestants take turns, so that a machine's other work falls on all of them. Wall time
+and the process's CPU time are medians over the rounds; on a busy machine read the CPU time, with
+OMP_NUM_THREADS=1. Ratios are medians of the rounds' ratios.
+
+Each reference scores one style. Ours is compared in each style alone, and both styles in one pass with the
+two references one after the other. Choices are by the sum and by the norm of that style; a difference counts
+as a tie where the reference itself gives both endings the same number.
 """
 
 import argparse
+import json
 import platform
-import sys
+import statistics
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,30 +28,42 @@ from accelerate import Accelerator
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks.hellaswag.utils import preprocess
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from data.hellaswag import load_questions
+from data.hellaswag import Question, load_questions
 from data.tokenizer import gpt2_tokenizer
 from evaluation.hellaswag import score_questions
 
+HARNESS, NANOGPT = "lm-evaluation-harness", "build-nanogpt"
+REFERENCE_OF = {"harness": HARNESS, "completion": NANOGPT}
 
-def harness(model, tokenizer, questions, device):
+
+@dataclass(frozen=True)
+class Endings:
+    """Of one question in one style: four summed log-probabilities, and those divided by the length."""
+
+    sums: list[float]
+    norms: list[float]
+
+
+def harness(model, tokenizer, questions: list[Question], device) -> dict[str, list[Endings]]:
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16)
-    requests = []
-    for q in questions:
+    requests, endings = [], []
+    for number, q in enumerate(questions):
         context = preprocess(f"{q.activity_label}: {q.ctx_a} {q.ctx_b.capitalize()}")
-        requests += [
-            Instance("loglikelihood", {}, (context, " " + preprocess(e)), n) for n, e in enumerate(q.endings)
-        ]
-    sums = torch.tensor([total for total, _ in wrapped.loglikelihood(requests, disable_tqdm=True)]).view(
-        -1, 4
-    )
-    return sums.argmax(1).tolist()
+        endings.append([preprocess(ending) for ending in q.endings])
+        requests += [Instance("loglikelihood", {}, (context, " " + e), number) for e in endings[-1]]
+    totals = [total for total, _ in wrapped.loglikelihood(requests, disable_tqdm=True)]
+    scores = []
+    for number, texts in enumerate(endings):
+        four = totals[4 * number : 4 * number + 4]
+        scores.append(Endings(four, [s / max(1, len(t)) for s, t in zip(four, texts, strict=True)]))
+    return {"harness": scores}
 
 
 @torch.no_grad()
-def build_nanogpt(model, tokenizer, questions, device):
-    chosen = []
+def build_nanogpt(model, tokenizer, questions: list[Question], device) -> dict[str, list[Endings]]:
+    scores = []
     for question in questions:
         context = tokenizer(question.ctx)["input_ids"]
         endings = [tokenizer(" " + ending)["input_ids"] for ending in question.endings]
@@ -51,30 +72,65 @@ def build_nanogpt(model, tokenizer, questions, device):
         for row, ending in enumerate(endings):
             tokens[row, : len(context) + len(ending)] = torch.tensor(context + ending)
             mask[row, len(context) : len(context) + len(ending)] = 1
-        tokens, mask = tokens.to(device), mask.to(device)
+        tokens, mask = tokens.to(device), mask.to(device)[:, 1:]
         logits = model(tokens).logits[:, :-1]
         losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-        chosen.append((losses.view(4, -1) * mask[:, 1:]).sum(1).argmin().item())
-    return chosen
+        sums = (losses.view(4, -1) * mask).sum(1)
+        scores.append(Endings((-sums).tolist(), (-sums / mask.sum(1)).tolist()))
+    return {"completion": scores}
 
 
-def ours(style):
-    def score(model, tokenizer, questions, device):
+def ours(*styles: str):
+    def score(model, tokenizer, questions: list[Question], device) -> dict[str, list[Endings]]:
         accelerator = Accelerator(cpu=device.type == "cpu")
-        batches = score_questions(model, tokenizer, questions, accelerator, styles=style)
+        batches = score_questions(model, tokenizer, questions, accelerator, styles=styles)
         scores = sorted((s for batch in batches for s in batch), key=lambda s: s.index)
-        return [s.predictions()[f"{style[-1]}_acc"] for s in scores]
+        return {
+            style: [
+                Endings(
+                    s.log_probabilities[style],
+                    [
+                        a / max(1, b)
+                        for a, b in zip(s.log_probabilities[style], s.lengths[style], strict=True)
+                    ],
+                )
+                for s in scores
+            ]
+            for style in styles
+        }
 
     return score
 
 
 CONTESTANTS = {
-    "lm-evaluation-harness": harness,
-    "build-nanogpt": build_nanogpt,
-    "ours, harness style": ours(["harness"]),
-    "ours, completion style": ours(["completion"]),
-    "ours, both styles": ours(["completion", "harness"]),
+    HARNESS: harness,
+    NANOGPT: build_nanogpt,
+    "ours, harness style": ours("harness"),
+    "ours, completion style": ours("completion"),
+    "ours, both styles": ours("completion", "harness"),
 }
+
+
+def differences(found: list[Endings], reference: list[Endings]) -> dict[str, float]:
+    """Choices that differ, by sum and by norm, those of them that are ties there, and the largest gap in
+    nats."""
+    differing = ties = 0
+    for mine, theirs in zip(found, reference, strict=True):
+        for a, b in ((mine.sums, theirs.sums), (mine.norms, theirs.norms)):
+            chosen = max(range(4), key=a.__getitem__)
+            if chosen != max(range(4), key=b.__getitem__):
+                differing += 1
+                ties += b[chosen] == max(b)
+    pairs = [
+        (a, b) for m, t in zip(found, reference, strict=True) for a, b in zip(m.sums, t.sums, strict=True)
+    ]
+    return {
+        "choices": 2 * len(found),
+        "differing": differing,
+        "ties": ties,
+        "max_nats": max(abs(a - b) for a, b in pairs),
+        "max_relative": max(abs(a - b) / abs(b) for a, b in pairs),
+    }
 
 
 def main() -> None:
@@ -82,53 +138,118 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", required=True, help="official .jsonl, or one of the same fields")
-    parser.add_argument("--model", help="folder of a stock GPT-2 (default: 124M, random weights)")
+    parser.add_argument("--model", help="folder of a model with GPT-2's vocabulary (default: random 124M)")
     parser.add_argument("--limit", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--every", type=int, default=1, help="take each so manieth question of the file")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of the CPU (default: as torch finds)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], help="of ours; theirs is float32"
     )
+    parser.add_argument("--output", type=Path, help="also write the table here, and beside it a .json")
     arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     torch.manual_seed(0)
     model = (
-        GPT2LMHeadModel.from_pretrained(arguments.model)
+        AutoModelForCausalLM.from_pretrained(arguments.model)
         if arguments.model
-        else GPT2LMHeadModel(GPT2Config(initializer_range=0.03))
+        else GPT2LMHeadModel(GPT2Config(initializer_range=0.05))
     )
     # Through bfloat16 once, so that every contestant has the same weights whatever its dtype.
     model = model.eval().to(device, torch.bfloat16).to(torch.float32)
     tokenizer = gpt2_tokenizer()
-    questions = load_questions(arguments.data, limit=arguments.limit)
-    print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {device}, ", end=""
-    )
-    print(f"torch {torch.__version__}, {len(questions)} questions, best of {arguments.rounds} rounds")
+    questions = load_questions(arguments.data)[:: arguments.every][: arguments.limit]
 
     runs = [(name, dtype) for dtype in arguments.dtypes for name in CONTESTANTS]
     runs = [(name, dtype) for name, dtype in runs if dtype == "float32" or name.startswith("ours")]
-    seconds, chosen = dict.fromkeys(runs, float("inf")), {}
-    for _ in range(arguments.rounds):
+    runs = [(name, "float32") for name in (HARNESS, NANOGPT) if (name, "float32") not in runs] + runs
+    wall: dict[tuple[str, str], list[float]] = {run: [] for run in runs}
+    cpu: dict[tuple[str, str], list[float]] = {run: [] for run in runs}
+    scores = {}
+    for number in range(arguments.rounds):
         for name, dtype in runs:
             model.to(getattr(torch, dtype))
             CONTESTANTS[name](model, tokenizer, questions[:2], device)  # warm
-            start = time.perf_counter()
-            chosen[name, dtype] = CONTESTANTS[name](model, tokenizer, questions, device)
-            seconds[name, dtype] = min(seconds[name, dtype], time.perf_counter() - start)
-            print(f"{name}, {dtype}: {seconds[name, dtype]:.1f} s", file=sys.stderr, flush=True)
+            start = time.perf_counter(), time.process_time()
+            scores[name, dtype] = CONTESTANTS[name](model, tokenizer, questions, device)
+            wall[name, dtype].append(time.perf_counter() - start[0])
+            cpu[name, dtype].append(time.process_time() - start[1])
+            print(
+                f"round {number + 1}, {name}, {dtype}: {wall[name, dtype][-1]:.1f} s, "
+                f"{cpu[name, dtype][-1]:.1f} CPU s",
+                flush=True,
+            )
             model.to(torch.float32)
 
-    print(f"\n| {'':<24} | {'dtype':<9} | questions/s | harness = 1 | build-nanogpt = 1 | same choices |")
-    print("|---|---|---|---|---|---|")
-    theirs = [seconds[name, "float32"] for name in ("lm-evaluation-harness", "build-nanogpt")]
-    for name, dtype in runs:
-        reference = "build-nanogpt" if "completion style" in name else "lm-evaluation-harness"
-        same = sum(a == b for a, b in zip(chosen[name, dtype], chosen[reference, "float32"], strict=True))
-        shown = "" if name in ("lm-evaluation-harness", "build-nanogpt") else f"{same}/{len(questions)}"
-        ratios = [f"{reference / seconds[name, dtype]:.2f}" for reference in theirs]
-        rate = len(questions) / seconds[name, dtype]
-        print(f"| {name:<24} | {dtype:<9} | {rate:.2f} | {ratios[0]} | {ratios[1]} | {shown} |")
+    report = {
+        "machine": platform.processor() or platform.machine(),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "questions": len(questions),
+        "rounds": arguments.rounds,
+        "rows": [
+            describe(name, dtype, len(questions), {"wall": wall, "cpu": cpu}, scores) for name, dtype in runs
+        ],
+    }
+    table = as_markdown(report)
+    print("\n" + table)
+    if arguments.output:
+        arguments.output.write_text(table + "\n", encoding="utf-8")
+        path = arguments.output.with_suffix(".json")
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def describe(name: str, dtype: str, questions: int, clocks: dict, scores: dict) -> dict:
+    """One contestant: its rates and times, how often it does the references' work in theirs, its choices."""
+    styles = list(scores[name, dtype])
+    row: dict = {"name": name, "dtype": dtype}
+    for clock, seconds in clocks.items():
+        mine = seconds[name, dtype]
+        row[f"{clock}_seconds"] = statistics.median(mine)
+        row[f"questions_per_{clock}_second"] = questions / statistics.median(mine)
+        for reference in (HARNESS, NANOGPT):
+            times = seconds[reference, "float32"]
+            row[f"{clock}_ratio_{reference}"] = statistics.median(
+                a / b for a, b in zip(times, mine, strict=True)
+            )
+        same_work = zip(*(seconds[REFERENCE_OF[style], "float32"] for style in styles), strict=True)
+        row[f"{clock}_ratio_same_work"] = statistics.median(
+            sum(times) / b for times, b in zip(same_work, mine, strict=True)
+        )
+    for style in styles:
+        row[style] = differences(scores[name, dtype][style], scores[REFERENCE_OF[style], "float32"][style])
+    return row
+
+
+def as_markdown(report: dict) -> str:
+    lines = [
+        f"{report['questions']} questions, medians of {report['rounds']} rounds, {report['machine']}, "
+        f"{report['threads']} threads, {report['device']}, torch {report['torch']}",
+        "",
+        "| | dtype | questions/s | CPU s | harness = 1 | build-nanogpt = 1 | same styles = 1 | in CPU time | "
+        "choices that differ (ties) | largest gap, nats |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        found = [row[style] for style in ("harness", "completion") if style in row]
+        differing = sum(d["differing"] for d in found)
+        ties, choices = sum(d["ties"] for d in found), sum(d["choices"] for d in found)
+        cells = [
+            row["name"],
+            row["dtype"],
+            f"{row['questions_per_wall_second']:.2f}",
+            f"{row['cpu_seconds']:.1f}",
+            *(f"{row[f'wall_ratio_{kind}']:.2f}" for kind in (HARNESS, NANOGPT, "same_work")),
+            f"{row['cpu_ratio_same_work']:.2f}",
+            f"{differing} of {choices} ({ties})" if row["name"].startswith("ours") else "",
+            f"{max(d['max_nats'] for d in found):.1e}" if row["name"].startswith("ours") else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

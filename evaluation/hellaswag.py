@@ -16,12 +16,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from data.hellaswag import Question
-from evaluation.continuations import Continuation, score_continuations, supports_packing
-from evaluation.isolation import bare_model, undisturbed
+from data.hellaswag import ENDINGS, Question
+from evaluation.continuations import Continuation, lay_out, score_continuations, supports_packing
+from evaluation.isolation import bare_model, is_sharded, undisturbed
 from evaluation.statistics import PairedComparison, Proportion, compare_paired, proportion
 
 STYLES = ("completion", "harness")
+MOST_PADDING = 0.03  # of a batch's tokens
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,10 @@ def score_questions(
         ValueError: if an ending or context tokenises to nothing, or the model returns NaN.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    config = bare_model(model).config
-    context = getattr(config, "max_position_embeddings", None)
+    context = getattr(bare_model(model).config, "max_position_embeddings", None)
     work = encode(questions, tokenizer, styles)
     if batch_tokens is None:
-        batch_tokens = 2048 if accelerator.device.type == "cpu" else 32768
+        batch_tokens = default_batch_tokens(model, accelerator)
 
     with (
         undisturbed(model),
@@ -159,42 +159,64 @@ def score_questions(
             disable=not (progress and accelerator.is_main_process),
         ) as bar,
     ):
-        packed = supports_packing(model, [c for item in work[:1] for c in item.continuations], accelerator)
-        batches = list(_batches(work, batch_tokens, packed))
+        examples = next(iter(work[0].continuations.values())) if work else []
+        packed = supports_packing(model, examples, accelerator)
+        if world_size > 1:  # rounding may differ between machines, and all must lay out the same batches
+            votes = torch.tensor(int(packed), device=accelerator.device)
+            packed = accelerator.reduce(votes, reduction="sum").item() == world_size
+        batches = list(_batches(work, batch_tokens, context, packed))
+        sums: dict[tuple[int, str], list[float]] = {}  # by question's place in `work` and style
         for first in range(0, len(batches), world_size):
             # The last round may have fewer batches than processes: the others repeat one, for a sharded
             # forward needs everybody, and what they find is not counted.
             mine = batches[min(first + rank, len(batches) - 1)]
-            continuations = [c for item in mine for c in item.continuations]
-            sums = torch.tensor(
+            continuations = [c for number, style in mine for c in work[number].continuations[style]]
+            found = torch.tensor(
                 score_continuations(model, continuations, accelerator, context=context, packed=packed),
                 dtype=torch.float64,
-            )
+            ).view(1, -1, ENDINGS)
             round_of = batches[first : first + world_size]
             if world_size > 1:
-                table = torch.zeros(world_size, max(_size(b) for b in round_of), dtype=torch.float64)
+                table = torch.zeros(world_size, max(map(len, round_of)), ENDINGS, dtype=torch.float64)
                 if first + rank < len(batches):
-                    table[rank, : len(sums)] = sums
-                table = accelerator.reduce(table.to(accelerator.device), reduction="sum").cpu()
-                sums = torch.cat([row[: _size(batch)] for row, batch in zip(table, round_of, strict=False)])
+                    table[rank, : len(mine)] = found
+                found = accelerator.reduce(table.to(accelerator.device), reduction="sum").cpu()
+            for batch, of_batch in zip(round_of, found.tolist(), strict=False):
+                sums.update(zip(batch, of_batch, strict=False))
+            touched = dict.fromkeys(number for batch in round_of for number, _ in batch)
+            complete = [number for number in touched if all((number, style) in sums for style in styles)]
             finished = _collect(
-                [item for batch in round_of for item in batch], sums.tolist(), styles, context
+                [
+                    (work[number], {style: sums.pop((number, style)) for style in styles})
+                    for number in complete
+                ],
+                context,
             )
             bar.update(len(finished))
             yield finished
 
 
+def default_batch_tokens(model: nn.Module, accelerator: Accelerator) -> int:
+    """Tokens of one forward: what a CPU's caches like, or a GPU's memory holds beside a training run.
+
+    A sharded model gets fewer, because its batches cannot be halved when they do not fit.
+    """
+    if accelerator.device.type == "cpu":
+        return 1024
+    return 4096 if is_sharded(model) else 16384
+
+
 @dataclass(frozen=True)
 class EncodedQuestion:
-    """A question with its endings as token sequences: four of each style, style by style."""
+    """A question with its four endings as token sequences, and what they are divided by, for each style."""
 
     question: Question
-    continuations: list[Continuation]
+    continuations: dict[str, list[Continuation]]
     lengths: dict[str, list[int]]
 
     @property
     def tokens(self) -> int:
-        return max(len(c.tokens) for c in self.continuations)
+        return max(len(c.tokens) for four in self.continuations.values() for c in four)
 
 
 def encode(
@@ -212,14 +234,15 @@ def encode(
     }
     work = []
     for number, question in enumerate(questions):
-        continuations = [c for style in styles for c in per_style[style][number][0]]
-        for position, continuation in enumerate(continuations):
-            if continuation.scored == 0 or continuation.scored == len(continuation.tokens):
-                what = "ending" if continuation.scored == 0 else "context before the ending"
-                raise ValueError(
-                    f"question {question.index}: the {what} {question.endings[position % 4]!r} tokenises to "
-                    f"nothing with {type(tokenizer).__name__}; there is nothing to score"
-                )
+        continuations = {style: per_style[style][number][0] for style in styles}
+        for four in continuations.values():
+            for ending, continuation in zip(question.endings, four, strict=True):
+                if continuation.scored == 0 or continuation.scored == len(continuation.tokens):
+                    what = "ending" if continuation.scored == 0 else "context before the ending"
+                    raise ValueError(
+                        f"question {question.index}: the {what} {ending!r} tokenises to nothing with "
+                        f"{type(tokenizer).__name__}; there is nothing to score"
+                    )
         work.append(
             EncodedQuestion(question, continuations, {style: per_style[style][number][1] for style in styles})
         )
@@ -267,55 +290,54 @@ def clean(text: str) -> str:
 
 
 def _batches(
-    work: Sequence[EncodedQuestion], batch_tokens: int, packed: bool
-) -> Iterator[list[EncodedQuestion]]:
-    """Runs of questions, longest first, each within the budget when padded to its longest row."""
-    batch: list[EncodedQuestion] = []
-    width = 0
-    for item in work:
-        rows = len(item.continuations) // 4 if packed else len(item.continuations)
-        # Of a packed row the context is there once and each ending behind it.
-        row = item.tokens + packed * sum(sorted(c.scored for c in item.continuations)[-4:-1])
-        if batch and max(width, row) * rows * (len(batch) + 1) > batch_tokens:
+    work: Sequence[EncodedQuestion], batch_tokens: int, context: int | None, packed: bool
+) -> Iterator[list[tuple[int, str]]]:
+    """Runs of (question's place in `work`, style), longest rows first, each within the budget when padded.
+
+    A batch that is a quarter full ends where rows get so much shorter that padding would be a waste.
+    """
+    pieces = []
+    for number, item in enumerate(work):
+        for style, four in item.continuations.items():
+            lengths = [len(row.tokens) for row in lay_out(four, context, packed)]
+            pieces.append((max(lengths), len(lengths), sum(lengths), (number, style)))
+    pieces.sort(key=lambda piece: -piece[0])
+    batch: list[tuple[int, str]] = []
+    width = rows = tokens = 0
+    for length, new_rows, new_tokens, piece in pieces:
+        padded = width * (rows + new_rows)
+        wasteful = 4 * padded > batch_tokens and tokens + new_tokens < (1 - MOST_PADDING) * padded
+        if batch and (padded > batch_tokens or wasteful):
             yield batch
-            batch, width = [], 0
-        batch.append(item)
-        width = max(width, row)
+            batch, width, rows, tokens = [], 0, 0, 0
+        width = max(width, length)
+        batch.append(piece)
+        rows, tokens = rows + new_rows, tokens + new_tokens
     if batch:
         yield batch
 
 
-def _size(batch: Sequence[EncodedQuestion]) -> int:
-    return sum(len(item.continuations) for item in batch)
-
-
 def _collect(
-    work: Sequence[EncodedQuestion], sums: Sequence[float], styles: Sequence[str], context: int | None
+    work: Sequence[tuple[EncodedQuestion, dict[str, list[float]]]], context: int | None
 ) -> list[QuestionScores]:
-    broken = {
+    broken = [
         item.question.index
-        for number, item in enumerate(work)
-        if any(math.isnan(s) for s in sums[number * 4 * len(styles) : (number + 1) * 4 * len(styles)])
-    }
+        for item, by_style in work
+        if any(math.isnan(s) for four in by_style.values() for s in four)
+    ]
     if broken:
         raise ValueError(
             f"the model returned NaN on {len(broken)} of {len(work)} questions of a batch (first: question "
             f"{min(broken)}); its weights are broken or overflow in this dtype"
         )
-    finished, position = [], 0
-    for item in work:
-        by_style = {}
-        for style in styles:
-            by_style[style] = list(sums[position : position + 4])
-            position += 4
-        finished.append(
-            QuestionScores(
-                index=item.question.index,
-                label=item.question.label,
-                source=item.question.source,
-                log_probabilities=by_style,
-                lengths=item.lengths,
-                truncated=context is not None and item.tokens > context + 1,
-            )
+    return [
+        QuestionScores(
+            index=item.question.index,
+            label=item.question.label,
+            source=item.question.source,
+            log_probabilities=by_style,
+            lengths=item.lengths,
+            truncated=context is not None and item.tokens > context + 1,
         )
-    return finished
+        for item, by_style in work
+    ]

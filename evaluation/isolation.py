@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 
@@ -64,3 +65,26 @@ def bare_model(model: nn.Module) -> PreTrainedModel:
             model = model.module
         else:
             return cast(PreTrainedModel, model)
+
+
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """What to call for a forward of which other processes need not know.
+
+    A replicated model's wrapper may broadcast its buffers at each forward, and processes that score another
+    number of batches would then wait for ever. A sharded model's forward needs all processes, and stays as
+    it is.
+    """
+    while True:
+        if isinstance(model, OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, DataParallel | DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a forward needs all processes, each of which holds a part of the weights."""
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
+        isinstance(parameter, DTensor) for parameter in model.parameters()
+    )
