@@ -1,29 +1,30 @@
 """From encoded parts to shards: what is kept, where the files are cut, and the manifest.
 
-It is decided here, from hashes alone, which documents are duplicates and which are for validation; the shards
-are then cut from the kept documents in source order. So they are the same bytes however the encoding was
-shared out.
+`selection.py` decides which documents are kept and on which side; the shards are cut from them here, in the
+order of the source. So they are the same bytes however the encoding was shared out.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from data.parts import read_statistics
+from data.files import write_atomically
+from data.progress import read_statistics
 from data.readers import PIECE_OF_TEXT_CHARACTERS
-from data.shards import ShardEntry, write_atomically, write_shard
+from data.selection import SPLITS, Selection, count_rows, select_documents
+from data.shards import ShardEntry, write_shard
 
-# Unless asked otherwise: one token in a hundred, and no more than gives an exact validation loss anyway.
-VALIDATION_SHARE, VALIDATION_AT_MOST = 0.01, 10_000_000
-
+MEMORY_FOR_SHARDS = 500_000_000  # bytes of ids held while shards are written, or else one shard
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -44,125 +45,92 @@ def is_no_room(error: BaseException | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Which documents go where: one int8 array per part, of TRAIN, VALIDATION or DROPPED a document."""
-
-    places: list[np.ndarray]
-    documents: int  # up to the token limit; duplicates are among them
-    tokens: int
-    duplicates: int
-    validation_tokens: int  # wanted
-    threshold: int  # documents whose key is at most this are for validation; -1: none
-
-
-TRAIN, VALIDATION, DROPPED = 0, 1, 2
-SPLITS = {"train": TRAIN, "validation": VALIDATION}
-
-
-def select_documents(
-    rows: list[np.ndarray], *, deduplicate: bool, validation_tokens: int | None, limit_tokens: int | None
-) -> Selection:
-    """Drop later copies of a document, and put those with the smallest keys aside until they have enough
-    tokens.
-
-    A key depends on the content alone: reordering or adding text never moves a training document to
-    validation, and copies of one document never stand on both sides.
+class Stretch:
+    """Rows first … last - 1 of a part, among those that `Selection.rows(part, chunk)` gives; the ids of the
+    chunk begin at `start` in the part's file.
     """
-    sizes = [len(part) for part in rows]
-    keys = np.concatenate([part["key"] for part in rows])
-    tokens = np.concatenate([part["tokens"] for part in rows]).astype(np.int64)
-    places = np.full(len(keys), TRAIN, dtype=np.int8)
-    if limit_tokens is not None:
-        used = int(np.searchsorted(np.cumsum(tokens), limit_tokens)) + 1
-        places[used:] = DROPPED
-        keys, tokens = keys[:used], tokens[:used]
-    total = int(tokens.sum())
-    if validation_tokens is None:
-        validation_tokens = min(int(total * VALIDATION_SHARE), VALIDATION_AT_MOST)
-    order = np.argsort(keys, kind="stable")  # stable: of equal keys, the first document comes first
-    copies = order[1:][keys[order[1:]] == keys[order[:-1]]] if deduplicate else order[:0]
-    places[copies] = DROPPED
-    threshold = -1
-    if validation_tokens > 0:
-        kept = order[places[order] == TRAIN]
-        reached = np.searchsorted(np.cumsum(tokens[kept]), validation_tokens)
-        if reached < len(kept):
-            threshold = int(keys[kept[reached]])
-            chosen = np.flatnonzero(keys <= np.uint64(threshold))
-            places[chosen[places[chosen] == TRAIN]] = VALIDATION
-        else:
-            places[kept] = VALIDATION
-    return Selection(
-        np.split(places, np.cumsum(sizes)[:-1]), len(keys), total, len(copies), validation_tokens, threshold
-    )
+
+    part: int
+    chunk: int
+    start: int
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One shard to write: documents of the stream of its split, as (part, first row, last row + 1)
-    stretches.
-    """
+    """One shard to write: the documents of its split in some stretches."""
 
     split: str
     file: str
     tokens: int
-    stretches: list[tuple[int, int, int]]
+    stretches: list[Stretch]
 
 
-def plan_cuts(rows: list[np.ndarray], selection: Selection, tokens_per_shard: int) -> list[Cut]:
+def plan_cuts(selection: Selection, tokens_per_shard: int) -> list[Cut]:
     """Where each split's stream of documents is cut: after the last document that still fits the shard."""
-    cuts = []
-    for split, place in SPLITS.items():
-        shards: list[list[tuple[int, int, int]]] = []
-        sizes: list[int] = []
-        filled = tokens_per_shard  # the first document opens a shard
-        for part, (part_rows, places) in enumerate(zip(rows, selection.places, strict=True)):
-            chosen = np.flatnonzero(places == place)
-            ends = np.cumsum(part_rows["tokens"][chosen].astype(np.int64))
-            at = 0
-            while at < len(chosen):
-                before = int(ends[at - 1]) if at else 0
-                fits = int(np.searchsorted(ends, before + tokens_per_shard - filled, side="right"))
-                if (
-                    fits <= at
-                ):  # nothing fits any more: a new shard, which takes one document whatever its size
-                    shards.append([])
-                    sizes.append(0)
-                    filled = 0
-                    fits = max(at + 1, int(np.searchsorted(ends, before + tokens_per_shard, side="right")))
-                shards[-1].append((part, int(chosen[at]), int(chosen[fits - 1]) + 1))
-                filled += int(ends[fits - 1]) - before
-                sizes[-1] = filled
-                at = fits
-        cuts += [
-            Cut(split, f"{split}-{n:05d}.arrow", tokens, stretches)
-            for n, (tokens, stretches) in enumerate(zip(sizes, shards, strict=True))
-        ]
-    return cuts
+    shards: dict[str, list[list[Stretch]]] = {split: [] for split in SPLITS}
+    sizes: dict[str, list[int]] = {split: [] for split in SPLITS}
+    for part in range(len(selection.parts)):
+        start = 0
+        for chunk in selection.firsts(part):
+            tokens, places = selection.rows(part, chunk)
+            for split, place in SPLITS.items():
+                chosen = np.flatnonzero(places == place)
+                ends = np.cumsum(tokens[chosen])
+                at = 0
+                while at < len(chosen):
+                    before = int(ends[at - 1]) if at else 0
+                    room = tokens_per_shard - sizes[split][-1] if shards[split] else 0
+                    fits = int(np.searchsorted(ends, before + room, side="right"))
+                    if fits <= at:  # nothing fits: a new shard, which takes one document whatever its size
+                        shards[split].append([])
+                        sizes[split].append(0)
+                        fits = int(np.searchsorted(ends, before + tokens_per_shard, side="right"))
+                        fits = max(at + 1, fits)
+                    stretch = Stretch(
+                        part, chunk, start, chunk + int(chosen[at]), chunk + int(chosen[fits - 1]) + 1
+                    )
+                    shards[split][-1].append(stretch)
+                    sizes[split][-1] += int(ends[fits - 1]) - before
+                    at = fits
+            start += int(tokens.sum())
+    return [
+        Cut(split, f"{split}-{n:05d}.arrow", tokens, stretches)
+        for split in SPLITS
+        for n, (tokens, stretches) in enumerate(zip(sizes[split], shards[split], strict=True))
+    ]
 
 
-def write_cut(
-    cut: Cut, rows: list[np.ndarray], selection: Selection, parts: list[Path], dtype: np.dtype, output: Path
-):
-    """Copy a shard's documents out of the encoded parts; returns its ShardEntry."""
-    place = SPLITS[cut.split]
-    ids_runs, length_runs = [], []
-    for part, first, last in cut.stretches:
-        lengths = rows[part]["tokens"].astype(np.int64)
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        source = np.memmap(parts[part] / "ids.bin", dtype=dtype, mode="r")
-        chosen = selection.places[part][first:last] == place
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]))) + first
-        ids_runs += [source[starts[a] : starts[b]] for a, b in zip(edges[::2], edges[1::2], strict=True)]
-        length_runs.append(lengths[first:last][chosen])
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(length_runs))]).astype(np.int32)
-    entry: ShardEntry = write_shard(output / cut.file, cut.split, np.concatenate(ids_runs), offsets)
+def write_cut(cut: Cut, selection: Selection, dtype: np.dtype, output: Path) -> ShardEntry:
+    """Copy a shard's documents out of the encoded parts."""
+    ids = np.empty(cut.tokens, dtype=dtype)
+    filled = 0
+    lengths = []
+    for stretch in cut.stretches:
+        tokens, places = selection.rows(stretch.part, stretch.chunk)
+        starts = stretch.start + np.concatenate([[0], np.cumsum(tokens)])
+        low, high = stretch.first - stretch.chunk, stretch.last - stretch.chunk
+        chosen = np.zeros(len(tokens) + 2, dtype=np.int8)  # with a false at each end
+        chosen[1 + low : 1 + high] = places[low:high] == SPLITS[cut.split]
+        lengths.append(tokens[chosen[1:-1] == 1])
+        edges = np.flatnonzero(np.diff(chosen))
+        with open(selection.parts[stretch.part] / "ids.bin", "rb") as file:
+            for first, last in zip(edges[::2], edges[1::2], strict=True):
+                run = ids[filled : filled + int(starts[last] - starts[first])]
+                file.seek(int(starts[first]) * dtype.itemsize)
+                if file.readinto(run.data) != run.nbytes:
+                    folder = selection.parts[stretch.part]
+                    raise ValueError(f"{file.name} is shorter than its rows say; delete {folder} and go on.")
+                filled += len(run)
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int32)
+    entry: ShardEntry = write_shard(output / cut.file, cut.split, ids, offsets)
     return entry
 
 
 def assemble(
     output: Path,
-    receipts: Path,
+    work: Path,
     parts: list[Path],
     dtype: np.dtype,
     *,
@@ -172,25 +140,32 @@ def assemble(
     tokens_per_shard: int,
     progress: bool,
 ) -> tuple[list[ShardEntry], dict[str, int]]:
-    """Write every shard that has no receipt yet; returns their entries and the counts for the manifest.
+    """Write every shard that has no receipt in `work` yet; returns their entries and the counts for the
+    manifest.
 
     Raises:
         ValueError: if there are no documents, or validation takes all of them.
     """
-    rows = [np.load(part / "rows.npy") for part in parts]
     counts: Counter[str] = Counter()
     for part in parts:
         counts.update(read_statistics(part)["counts"])
-    if not any(map(len, rows)):
+    if not any(map(count_rows, parts)):
         raise ValueError(
             "The source is empty: it has no document with text in it "
             f"({counts['blank']:,} blank or null ones were left out)."
         )
     selection = select_documents(
-        rows, deduplicate=deduplicate, validation_tokens=validation_tokens, limit_tokens=limit_tokens
+        parts,
+        work / "selection",
+        deduplicate=deduplicate,
+        validation_tokens=validation_tokens,
+        limit_tokens=limit_tokens,
     )
-    counts["documents"], counts["duplicates"] = selection.documents, selection.duplicates
-    cuts = plan_cuts(rows, selection, tokens_per_shard)
+    # Near duplicates were read, but never encoded; a limit on tokens is not taken together with them.
+    counts["near_duplicates"] = 0 if limit_tokens else counts["read"] - selection.documents
+    counts["documents"] = selection.documents + counts["near_duplicates"]
+    counts["duplicates"] = selection.duplicates
+    cuts = plan_cuts(selection, tokens_per_shard)
     if not any(cut.split == "train" for cut in cuts):
         raise ValueError(
             f"validation_tokens={selection.validation_tokens:,} leaves nothing to train on: the source has "
@@ -199,6 +174,7 @@ def assemble(
             f"than {PIECE_OF_TEXT_CHARACTERS:,} characters is cut into several), or ask for fewer validation "
             "tokens."
         )
+    receipts = work / "shards"
     receipts.mkdir(exist_ok=True)
     missing = [cut for cut in cuts if not (receipts / f"{cut.file}.json").exists()]
     needed = sum(cut.tokens for cut in missing) * dtype.itemsize
@@ -210,11 +186,23 @@ def assemble(
             f"{free / 1e6:,.1f} MB are free. Make room for {(needed - free) / 1e6:,.1f} MB and run the same "
             "command again: nothing is lost."
         )
-    entries = []
-    for cut in tqdm(cuts, desc="writing shards", unit="shard", disable=not progress):
+
+    def entry_of(cut: Cut) -> ShardEntry:
         receipt = receipts / f"{cut.file}.json"
         if not receipt.exists():
-            entry = write_cut(cut, rows, selection, parts, dtype, output)
+            entry = write_cut(cut, selection, dtype, output)
             write_atomically(receipt, json.dumps(asdict(entry)).encode())
-        entries.append(ShardEntry(**json.loads(receipt.read_text())))
-    return entries, {name: counts[name] for name in ("documents", "duplicates", "blank", "repaired")}
+        return ShardEntry(**json.loads(receipt.read_text()))
+
+    # While one shard waits for the disk, another is copied and hashed.
+    largest = max(cut.tokens for cut in cuts) * dtype.itemsize
+    with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, MEMORY_FOR_SHARDS // largest))) as pool:
+        writing = [pool.submit(entry_of, cut) for cut in cuts]
+        try:
+            shown = tqdm(writing, desc="writing shards", unit="shard", disable=not progress)
+            entries = [entry.result() for entry in shown]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    names = ("documents", "duplicates", "near_duplicates", "blank", "repaired")
+    return entries, {name: counts[name] for name in names}

@@ -8,14 +8,12 @@ import os
 import shlex
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 from datatrove.executor import RayPipelineExecutor, SlurmPipelineExecutor
 
-from data.engine import EncodePart, ReadPart, part_folders
+from data.engine import Job, stages
 from data.settings import PrepareSettings
-from data.sources import Part, SourceSpec
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CPUS_PER_TASK = 1  # each task encodes in one thread: parts are many, and tasks then pack any machine
@@ -26,54 +24,55 @@ class StillRunning(Exception):
     """The cluster is at work; the message says how far it is and what to do."""
 
 
-def encode_on_slurm(
-    settings: PrepareSettings,
-    spec: SourceSpec,
-    parts: list[Part],
-    tokenizer_folder: Path,
-    work: Path,
-    why_slow: str | None,
-) -> list[Path]:
-    """Submit an array job for the parts that are not there; returns their folders once all are.
+def encode_on_slurm(job: Job, settings: PrepareSettings) -> list[Path]:
+    """Submit array jobs for what is not there, one a stage; returns the parts' folders once all are.
 
     Raises:
-        StillRunning: after submitting, and while the job runs.
+        StillRunning: after submitting, and while the jobs run.
         ValueError: without `slurm_partition`, or if sbatch refuses.
     """
-    folders = part_folders(work, parts)
+    folders = job.folders
     done = sum(folder.exists() for folder in folders)
-    if done == len(parts):
+    if done == len(folders):
         return folders
-    job_file = work / "slurm_job"
-    follow = "Run the same command again when it has ended, to go on."
-    if job_file.exists() and (job := job_file.read_text()) and _is_queued(job):
+    job_file = job.work / "slurm_job"
+    follow = f"Run the same command again when it has ended, to go on. Logs are in {job.work / 'log'}."
+    if job_file.exists() and (number := job_file.read_text()) and _is_queued(number):
         raise StillRunning(
-            f"Slurm job {job} is at work: {done:,} of {len(parts):,} parts are encoded. {follow}"
+            f"Slurm job {number} is at work: {done:,} of {len(folders):,} parts are encoded. {follow}"
         )
     if settings.slurm_partition is None:
         raise ValueError("--executor slurm needs --slurm_partition.")
-    executor = SlurmPipelineExecutor(
-        _pipeline(settings, spec, parts, folders, tokenizer_folder, why_slow),
-        tasks=len(parts),
-        time=settings.slurm_time,
-        partition=settings.slurm_partition,
-        qos="",
-        cpus_per_task=CPUS_PER_TASK,
-        mem_per_cpu_gb=MEMORY_PER_TASK_GB // CPUS_PER_TASK,
-        workers=settings.workers or -1,
-        job_name="prepare-token-shards",
-        # Tasks start in a shell of their own: they get this interpreter's programs and this checkout.
-        env_command=f"export PATH={shlex.quote(os.path.dirname(sys.executable))}:$PATH "
-        f"PYTHONPATH={shlex.quote(os.fspath(REPOSITORY))}:$PYTHONPATH",
-        logging_dir=os.fspath(work.absolute() / "log"),
-        slurm_logs_folder=os.fspath(work.absolute() / "log" / "slurm"),
-    )
+    executor = None
+    for stage in stages(job, CPUS_PER_TASK, owner=None):
+        executor = SlurmPipelineExecutor(
+            stage.steps,
+            tasks=len(stage.tasks),
+            time=settings.slurm_time,
+            partition=settings.slurm_partition,
+            qos="",
+            cpus_per_task=CPUS_PER_TASK,
+            mem_per_cpu_gb=MEMORY_PER_TASK_GB // CPUS_PER_TASK,
+            workers=settings.workers or -1,
+            job_name=f"{stage.name}-token-shards",
+            depends=executor,
+            # A job whose forerunner failed would otherwise wait in the queue for ever.
+            sbatch_args={"kill-on-invalid-dep": "yes"},
+            # Tasks start in a shell of their own: they get this interpreter's programs and this checkout.
+            env_command=f"export PATH={shlex.quote(os.path.dirname(sys.executable))}:$PATH "
+            f"PYTHONPATH={shlex.quote(os.fspath(REPOSITORY))}:$PYTHONPATH",
+            logging_dir=os.fspath(stage.log),
+            slurm_logs_folder=os.fspath(stage.log / "slurm"),
+        )
+    assert executor is not None
     try:
         executor.run()
     except (OSError, subprocess.CalledProcessError) as error:
         raise ValueError(f"The job could not be submitted with sbatch: {error}") from error
     job_file.write_text(str(executor.job_id))
-    raise StillRunning(f"Slurm job {executor.job_id} was submitted for {len(parts) - done:,} parts. {follow}")
+    raise StillRunning(
+        f"Slurm job {executor.job_id} was submitted for {len(folders) - done:,} parts. {follow}"
+    )
 
 
 def _is_queued(job: str) -> bool:
@@ -84,60 +83,29 @@ def _is_queued(job: str) -> bool:
     return listed.returncode == 0 and bool(listed.stdout.strip())
 
 
-def encode_on_ray(
-    settings: PrepareSettings,
-    spec: SourceSpec,
-    parts: list[Part],
-    tokenizer_folder: Path,
-    work: Path,
-    why_slow: str | None,
-) -> list[Path]:
+def encode_on_ray(job: Job, settings: PrepareSettings) -> list[Path]:
     """Encode the parts that are not there yet on the Ray cluster that RAY_ADDRESS names, or on one started
     here.
     """
     import ray  # an optional dependency
 
-    folders = part_folders(work, parts)
     if not ray.is_initialized():
         path = os.pathsep.join(filter(None, [os.fspath(REPOSITORY), os.environ.get("PYTHONPATH")]))
         ray.init(runtime_env={"env_vars": {"PYTHONPATH": path}}, log_to_driver=False)
-    RayPipelineExecutor(
-        _pipeline(settings, spec, parts, folders, tokenizer_folder, why_slow),
-        tasks=len(parts),
-        workers=settings.workers or -1,
-        cpus_per_task=CPUS_PER_TASK,
-        mem_per_cpu_gb=MEMORY_PER_TASK_GB / CPUS_PER_TASK,
-        logging_dir=os.fspath(work.absolute() / "log"),
-    ).run()
-    missing = [folder.name for folder in folders if not folder.exists()]
-    if missing:
-        raise ValueError(
-            f"{len(missing):,} of {len(parts):,} parts failed on the cluster, such as {missing[0]}; their "
-            "logs are in "
-            f"{work / 'log' / 'logs'}. Run the same command again to go on."
-        )
-    return folders
-
-
-def _pipeline(
-    settings: PrepareSettings,
-    spec: SourceSpec,
-    parts: list[Part],
-    folders: list[Path],
-    tokenizer_folder: Path,
-    why_slow: str | None,
-) -> list:
-    counts: dict[int, Counter[str]] = {}
-    return [
-        ReadPart(spec, parts, counts),
-        EncodePart(
-            folders,
-            tokenizer_folder.absolute(),
-            CPUS_PER_TASK,
-            why_slow,
-            None,
-            settings.contamination,
-            counts,
-            owner=None,
-        ),
-    ]
+    for stage in stages(job, CPUS_PER_TASK, owner=None):
+        RayPipelineExecutor(
+            stage.steps,
+            tasks=len(stage.tasks),
+            workers=settings.workers or -1,
+            cpus_per_task=CPUS_PER_TASK,
+            mem_per_cpu_gb=MEMORY_PER_TASK_GB / CPUS_PER_TASK,
+            logging_dir=os.fspath(stage.log),
+        ).run()
+        missing = [task.label for task in stage.tasks if not task.done.exists()]
+        if missing:
+            raise ValueError(
+                f"{len(missing):,} of {len(stage.tasks):,} tasks of {stage.name} failed on the cluster, such "
+                f"as {missing[0]}; their logs are in {stage.log / 'logs'}. Run the same command again to go "
+                "on."
+            )
+    return job.folders

@@ -7,38 +7,33 @@ temporary name that nothing reads. The results do not depend on how many tasks r
 from __future__ import annotations
 
 import functools
-import json
 import os
-import signal
 import socket
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import multiprocess
+import multiprocess.forkserver
 from datatrove.data import Document as PipedDocument
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
-from tqdm import tqdm
 
-from data.contamination import question_ngrams
-from data.parts import encode_part, read_statistics
-from data.sources import Document, Part, SourceSpec, read_part
-from data.tokenizer import FastEncoder, load_tokenizer
-
-REPORT_SECONDS = 1.0  # how often tasks say how far they are
+from data.contamination import load_question_ngrams
+from data.encoder import FastEncoder
+from data.near_duplicates import MINHASH, WholeOrNot, clustering, comparing, filtering, signing
+from data.parts import encode_part
+from data.progress import Report, Task, Watch, read_statistics
+from data.sources import Part, SourceSpec, read_part
 
 
 @functools.cache
-def encoder_for(tokenizer_folder: Path, threads: int | None) -> tuple[FastEncoder, int]:
-    """The encoder and the end-of-text id; made once a process, because it takes as long as a million tokens
-    do.
-    """
-    tokenizer = load_tokenizer(tokenizer_folder)
-    return FastEncoder(tokenizer, threads), tokenizer.eos_token_id
+def encoder_for(tokenizer_file: Path, threads: int, why_slow: str | None) -> FastEncoder:
+    """Made once a process, because it takes as long as a hundred thousand tokens do."""
+    content = tokenizer_file.read_text(encoding="utf-8")
+    return FastEncoder(content, threads, checked=True, why_slow=why_slow)
 
 
 class ReadPart(PipelineStep):
@@ -56,8 +51,9 @@ class ReadPart(PipelineStep):
     ) -> Iterator[PipedDocument]:
         counts = self.counts.setdefault(rank, Counter())
         for document in read_part(self.spec, self.parts[rank], counts):
-            self.stat_update("documents")
+            counts["read"] += 1
             yield PipedDocument(text=document.text, id=document.id)
+        self.stat_update("documents", value=counts["read"])
 
 
 class EncodePart(PipelineStep):
@@ -67,80 +63,107 @@ class EncodePart(PipelineStep):
     type = "WRITER"
 
     def __init__(
-        self,
-        folders: list[Path],
-        tokenizer_folder: Path,
-        threads: int | None,
-        why_slow: str | None,
-        limit_tokens: int | None,
-        questions: str | None,
-        counts: dict[int, Counter[str]],
-        owner: tuple[str, int] | None,
+        self, job: Job, threads: int, counts: dict[int, Counter[str]], owner: tuple[str, int] | None
     ):
         super().__init__()
-        self.folders, self.tokenizer_folder, self.threads = folders, tokenizer_folder, threads
-        self.limit_tokens, self.questions = limit_tokens, questions
-        self.counts, self.owner, self.why_slow = counts, owner, why_slow
+        self.job, self.threads, self.counts, self.owner = job, threads, counts, owner
 
     def run(
         self, data: Iterable[PipedDocument], rank: int = 0, world_size: int = 1
     ) -> Iterator[PipedDocument]:
-        folder = self.folders[rank]
+        job, folder = self.job, self.job.folders[rank]
         if not folder.exists():
-            encoder, end_of_text = encoder_for(self.tokenizer_folder, self.threads)
-            encoder.why_slow = encoder.why_slow or self.why_slow
             counts = self.counts.setdefault(rank, Counter())
-            report = Report(folder.parent / f"{folder.name}.progress", self.owner)
+            report = Report(_report_of(folder), self.owner)
             encode_part(
-                (Document(document.text, document.id) for document in data),
+                data,
                 counts,
                 folder,
-                encoder,
-                end_of_text,
-                limit_tokens=self.limit_tokens,
-                ngrams=question_ngrams(self.questions)[0] if self.questions else None,
+                encoder_for(job.tokenizer_file, self.threads, job.why_slow),
+                job.end_of_text,
+                limit_tokens=job.limit_tokens,
+                ngrams=load_question_ngrams(job.questions)[0] if job.questions else None,
                 advance=lambda documents, tokens: report.advance(documents, tokens, counts),
             )
             report.path.unlink(missing_ok=True)
         yield from ()
 
 
-class Report:
-    """A task's word to the process that shows the progress: a small file, rewritten now and then."""
-
-    def __init__(self, path: Path, owner: tuple[str, int] | None):
-        self.path, self.owner = path, owner
-        self.host = socket.gethostname()
-        self.state: dict = {"pid": os.getpid(), "host": self.host, "owner": owner and owner[1]}
-        self.state |= {"documents": 0, "tokens": 0, "bytes": 0}
-        self.last = 0.0
-        self.write()
-
-    def advance(self, documents: int, tokens: int, counts: Counter[str]) -> None:
-        self.state["documents"] += documents
-        self.state["tokens"] += tokens
-        self.state["bytes"] = counts["bytes"]
-        if time.monotonic() - self.last > REPORT_SECONDS:
-            self.write()
-            if self.owner and self.owner[0] == self.host and not _is_alive(self.owner[1]):
-                # Whoever started this task was killed: a new run may be encoding the same part by now.
-                raise SystemExit("The preparation that this task belonged to is gone.")
-
-    def write(self) -> None:
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.state))
-        os.replace(temporary, self.path)
-        self.last = time.monotonic()
+def _report_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.progress")
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+@dataclass(frozen=True)
+class Job:
+    """What every task knows; paths are absolute, for tasks that run elsewhere.
+
+    `tokenizer_file` is the tokenizer's JSON; `why_slow`, if set, is the reason not to use the fast encoder.
+    """
+
+    spec: SourceSpec
+    parts: list[Part]
+    work: Path
+    tokenizer_file: Path
+    end_of_text: int
+    why_slow: str | None
+    limit_tokens: int | None = None
+    questions: Path | None = None
+    near_deduplicate: bool = False
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where each part's ids go."""
+        return [self.work / "parts" / f"{number:05d}" for number in range(len(self.parts))]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tasks that may run side by side; a stage begins when the one before it is complete."""
+
+    name: str
+    steps: list[PipelineStep]
+    tasks: list[Task]
+    log: Path
+
+
+def stages(job: Job, threads: int, owner: tuple[str, int] | None) -> list[Stage]:
+    """All that leads from the source to encoded parts, in order; the last stage is the encoding.
+
+    `threads` is how many a task of the encoding may use.
+    """
+    job.work.joinpath("parts").mkdir(exist_ok=True)
+    counts: dict[int, Counter[str]] = {}
+    log = job.work / "log"
+    reader = ReadPart(job.spec, job.parts, counts)
+    found: list[Stage] = []
+    if job.near_deduplicate:
+        near = job.work / "near"
+        shares = [(os.path.basename(part.paths[0]), part.bytes) for part in job.parts]
+        buckets = [(f"bucket {number}", 0) for number in range(MINHASH.num_buckets)]
+        for name, first, step, results, work in (
+            ("signing", [reader], signing(near), near / "signatures", shares),
+            ("comparing", [], comparing(near), near / "pairs", buckets),
+            ("clustering", [], clustering(near), near / "remove", [("clusters", 0)]),
+        ):
+            reports = near / f"{name}-progress"
+            tasks = [
+                Task(reports / f"{n:05d}.progress", log / name / "completions" / f"{n:05d}", label, size)
+                for n, (label, size) in enumerate(work)
+            ]
+            guarded = WholeOrNot(step, results, reports, counts, owner)
+            found.append(Stage(name, [*first, guarded], tasks, log / name))
+    steps = [reader, *([filtering(near)] if job.near_deduplicate else [])]
+    tasks = [
+        Task(
+            _report_of(folder),
+            folder,
+            f"part {folder.name} ({os.path.basename(part.paths[0])}, …)",
+            part.bytes,
+        )
+        for folder, part in zip(job.folders, job.parts, strict=True)
+    ]
+    steps.append(EncodePart(job, threads, counts, owner))
+    return [*found, Stage("encoding", steps, tasks, log / "encoding")]
 
 
 class QuietLocalExecutor(LocalPipelineExecutor):
@@ -151,145 +174,47 @@ class QuietLocalExecutor(LocalPipelineExecutor):
         return super()._run_for_rank(rank, local_rank, node_rank)
 
 
-def part_folders(work: Path, parts: list[Part]) -> list[Path]:
-    """Where each part's ids go; absolute, for tasks that run elsewhere."""
-    (work / "parts").mkdir(exist_ok=True)
-    return [work.absolute() / "parts" / f"{number:05d}" for number in range(len(parts))]
+def start_early() -> None:
+    """Let the server that workers are forked from load this module while the caller does other things."""
+    # Each worker would take seconds to do it itself.
+    multiprocess.set_forkserver_preload([__name__])
+    multiprocess.forkserver.ensure_running()
 
 
-def threads_per_worker(workers: int) -> int:
-    return max(1, (os.cpu_count() or 1) // workers)
+def threads_of_each(workers: int, parts: list[Part]) -> int:
+    return max(1, (os.cpu_count() or 1) // min(workers, len(parts)))
 
 
-def encode_locally(
-    spec: SourceSpec,
-    parts: list[Part],
-    tokenizer_folder: Path,
-    work: Path,
-    *,
-    workers: int,
-    why_slow: str | None,
-    limit_tokens: int | None,
-    questions: str | None,
-    progress: bool,
-) -> list[Path]:
+def encode_locally(job: Job, *, workers: int, progress: bool) -> list[Path]:
     """Encode every part that is not there yet, `workers` at a time; returns the parts' folders in order.
-
-    `why_slow`, if set, is the reason not to use the fast encoder.
 
     With `limit_tokens`, parts are taken in order until together they have so many tokens; the rest stays
     unread.
     """
     logger.disable("datatrove")
-    # The server that workers are forked from imports this module once; each would take seconds to do it
-    # itself.
-    multiprocess.set_forkserver_preload([__name__])
-    folders = part_folders(work, parts)
-    counts: dict[int, Counter[str]] = {}
-    workers = min(workers, len(parts))
-    threads = threads_per_worker(workers)
+    threads = threads_of_each(workers, job.parts)
     owner = (socket.gethostname(), os.getpid())
-    pipeline = [
-        ReadPart(spec, parts, counts),
-        EncodePart(folders, tokenizer_folder, threads, why_slow, limit_tokens, questions, counts, owner),
-    ]
-    at_once = len(parts) if limit_tokens is None else workers
-    with Watch(parts, folders, progress):
-        for first in range(0, len(parts), at_once):
-            QuietLocalExecutor(
-                pipeline,
-                tasks=len(parts),
-                workers=workers,
-                logging_dir=str(work / "log"),
-                local_tasks=min(at_once, len(parts) - first),
-                local_rank_offset=first,
-            ).run()
-            if limit_tokens is not None:
-                done = folders[: first + at_once]
-                if sum(read_statistics(folder)["tokens"] for folder in done) >= limit_tokens:
-                    return done
-    return folders
+    *before, encoding = stages(job, threads, owner)
+    for stage in before:
+        with Watch(stage.name, stage.tasks, progress):
+            _executor(stage, workers).run()
+    at_once = len(job.parts) if job.limit_tokens is None else min(workers, len(job.parts))
+    with Watch(encoding.name, encoding.tasks, progress):
+        for first in range(0, len(job.parts), at_once):
+            _executor(encoding, workers, first, min(at_once, len(job.parts) - first)).run()
+            done = job.folders[: first + at_once]
+            tokens = sum(read_statistics(folder)["tokens"] for folder in done)
+            if job.limit_tokens is not None and tokens >= job.limit_tokens:
+                return done
+    return job.folders
 
 
-class Watch:
-    """Shows the tasks' progress, and ends the run when one of them was killed: its pool would wait for
-    ever.
-    """
-
-    def __init__(self, parts: list[Part], folders: list[Path], show: bool):
-        self.parts, self.folders = parts, folders
-        self.finished: dict[Path, dict] = {}
-        self.stop = threading.Event()
-        self.lost: str | None = None
-        size = sum(part.bytes for part in parts) or None
-        self.bar = tqdm(
-            total=size, unit="B", unit_scale=True, desc="encoding", disable=not show, smoothing=0.1
-        )
-        self.started = time.monotonic()
-        self.tokens_at_start: int | None = None
-
-    def __enter__(self) -> Watch:
-        self.main_thread = threading.main_thread().ident or 0
-        self.on_interrupt = None
-        if threading.current_thread() is threading.main_thread():  # the only one that signals can end
-            self.on_interrupt = signal.signal(signal.SIGINT, self._interrupted)
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        self.stop.set()
-        self.thread.join()
-        if self.on_interrupt is not None:
-            signal.signal(signal.SIGINT, self.on_interrupt)
-        self._look()
-        self.bar.close()
-        if kind is KeyboardInterrupt and self.lost:
-            raise RuntimeError(
-                f"{self.lost} Other parts are kept: run the same command again to go on, with fewer "
-                "--workers if "
-                "memory ran out."
-            ) from None
-
-    def _watch(self) -> None:
-        while not self.stop.wait(REPORT_SECONDS):
-            self._look()
-            if self.lost:
-                # A real signal: `_thread.interrupt_main` wakes nobody who waits for a lock, as the pool does.
-                signal.pthread_kill(self.main_thread, signal.SIGINT)
-                return
-
-    def _interrupted(self, number, frame) -> None:
-        """In place of the handler for Ctrl-C, which runs under nohup or a shell's `&` do not have."""
-        if self.lost or self.on_interrupt is signal.SIG_DFL:
-            raise KeyboardInterrupt
-        if callable(self.on_interrupt):
-            self.on_interrupt(number, frame)
-
-    def _look(self) -> None:
-        documents = tokens = size = 0
-        current = ""
-        for part, folder in zip(self.parts, self.folders, strict=True):
-            state = self.finished.get(folder)
-            if state is None and folder.exists():
-                state = self.finished[folder] = {**read_statistics(folder), "bytes": part.bytes}
-            if state is None:
-                try:
-                    state = json.loads((folder.parent / f"{folder.name}.progress").read_text())
-                except (OSError, ValueError):
-                    continue
-                current = os.path.basename(part.paths[0])
-                if state["owner"] != os.getpid():  # left by an earlier run
-                    continue
-                # The folder is looked for once more: the task may have finished since the first look.
-                if not _is_alive(state["pid"]) and not folder.exists() and not self.stop.is_set():
-                    self.lost = f"The process that encoded part {folder.name} ({current}, …) was killed."
-            documents, tokens = documents + state["documents"], tokens + state["tokens"]
-            size += state["bytes"]
-        if self.tokens_at_start is None:
-            self.tokens_at_start = sum(state["tokens"] for state in self.finished.values())
-        rate = (tokens - self.tokens_at_start) / max(time.monotonic() - self.started, 1e-9)
-        self.bar.set_postfix_str(
-            f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s, {current}", refresh=False
-        )
-        self.bar.update(size - self.bar.n)
+def _executor(stage: Stage, workers: int, first: int = 0, tasks: int = -1) -> QuietLocalExecutor:
+    return QuietLocalExecutor(
+        stage.steps,
+        tasks=len(stage.tasks),
+        workers=min(workers, len(stage.tasks)),
+        logging_dir=os.fspath(stage.log),
+        local_tasks=tasks,
+        local_rank_offset=first,
+    )

@@ -8,10 +8,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from data.encoder import FastEncoder
 from data.readers import SourceError
 from data.settings import PrepareSettings
 from data.sources import PYTHON_DOCS, list_parts, read_part
-from data.tokenizer import FastEncoder, load_tokenizer
+from data.tokenizer import load_tokenizer
 
 SAMPLE_CHARACTERS = 8_000_000  # encoded to measure the rate; about two seconds
 

@@ -12,36 +12,41 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-import filelock
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from data.assembly import DiskFullError, assemble, is_no_room
+from data.assembly import assemble, is_no_room
 from data.cluster import StillRunning, encode_on_ray, encode_on_slurm
-from data.contamination import contamination, question_ngrams
-from data.engine import encode_locally, encoder_for, threads_per_worker
+from data.contamination import contamination, save_questions
+from data.encoder import PROBE_TEXTS
+from data.engine import Job, encode_locally, encoder_for, start_early, threads_of_each
+from data.files import write_atomically
+from data.hellaswag import HUB_ID as HELLASWAG_HUB_ID
+from data.hellaswag import load_questions
+from data.output import WORK_FOLDER, claim, disk_full, is_finished, locked
 from data.plan import plan
+from data.progress import Clock
 from data.settings import PrepareSettings, add_flags
-from data.shards import (
-    MANIFEST_FILE,
-    TOKENIZER_FOLDER,
-    Manifest,
-    read_manifest,
-    write_atomically,
-    write_manifest,
-)
+from data.shards import TOKENIZER_FOLDER, Manifest, write_manifest
 from data.share import find_set, push_to_hub, take_set
-from data.sources import NAMED_SOURCES, PYTHON_DOCS, Part, SourceSpec, list_parts, read_documents, read_part
+from data.sources import (
+    HUB_PREFIX,
+    NAMED_SOURCES,
+    PYTHON_DOCS,
+    Part,
+    SourceSpec,
+    list_parts,
+    read_documents,
+    read_part,
+)
 from data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from data.verify import verify
 
-WORK_FOLDER = ".work"
 RECORDED_VERSIONS = ("datatrove", "numpy", "pyarrow", "tiktoken", "tokenizers", "transformers")
 # How much of the source both encoders are compared on before a run, and of each document.
 VERIFY_CHARACTERS, VERIFY_CHARACTERS_EACH = 300_000, 30_000
@@ -56,130 +61,87 @@ def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
         StillRunning: when a Slurm cluster has the work; call again once it is done.
     """
     settings.validate()
-    started = time.monotonic()
     output = Path(settings.output)
     if settings.source not in (PYTHON_DOCS, *NAMED_SOURCES) and (found := find_set(settings.spec())):
         if settings.train_tokenizer is not None:
             raise ValueError(f"{settings.source!r} is a set of token shards: --train_tokenizer needs text.")
         return take_set(settings.spec(), found, output)
-    if _is_finished(output, settings):
+    if is_finished(output, settings):
         print(f"{output} is already prepared with these settings: nothing to do.")
         return output
     try:
-        manifest = _prepare(settings, output, started, progress)
+        with locked(output) as work:
+            if is_finished(output, settings):  # by the process that held the lock
+                return output
+            claim(work, settings)
+            with Clock(work / "elapsed_seconds") as clock:
+                manifest = _prepare(settings, output, work, clock, progress)
     except Exception as error:
         if is_no_room(error):
-            raise _disk_full(output) from error
+            raise disk_full(output) from error
         raise
-    if manifest is None:
-        return output
     shutil.rmtree(output / WORK_FOLDER)
     if progress:
         _print_summary(output, manifest)
     return output
 
 
-def _prepare(settings: PrepareSettings, output: Path, started: float, progress: bool) -> Manifest | None:
-    """All stages, under the lock; None if another process had finished them."""
-    work = output / WORK_FOLDER
-    work.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(work / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ValueError(
-            f"Another process is preparing {output}; wait for it or choose another output."
-        ) from None
-    try:
-        if _is_finished(output, settings):  # by the process that held the lock
-            return None
-        _claim(work, settings)
-        if settings.contamination:
-            question_ngrams(settings.contamination)  # a wrong file is better known now than after an hour
-        spec = _gather(settings.spec(), work)
-        parts = _list_parts_once(spec, work)
-        tokenizer = _make_tokenizer(settings, spec, output)
-        why_slow = _check_encoder(settings, spec, parts, output / TOKENIZER_FOLDER)
-        dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-        folders = _encode(settings, spec, parts, output / TOKENIZER_FOLDER, work, why_slow, progress)
-        entries, counts = assemble(
-            output,
-            work / "shards",
-            folders,
-            dtype,
-            deduplicate=settings.deduplicate,
-            validation_tokens=settings.validation_tokens,
-            limit_tokens=settings.limit_tokens,
-            tokens_per_shard=settings.tokens_per_shard,
-            progress=progress,
-        )
-        return write_manifest(
-            output,
-            Manifest(
-                tokenizer=settings.tokenizer
-                if settings.train_tokenizer is None
-                else f"trained on {settings.source}",
-                tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-                vocab_size=len(tokenizer),
-                eos_token_id=tokenizer.eos_token_id,
-                dtype=dtype.name,
-                shards=tuple(entries),
-                settings=settings.content(),
-                counts=counts,
-                contamination=contamination(settings.contamination, folders)
-                if settings.contamination
-                else None,
-                versions={name: version(name) for name in RECORDED_VERSIONS},
-                elapsed_seconds=round(time.monotonic() - started, 1),
-            ),
-        )
-    finally:
-        lock.release()
-
-
-# ---- the output directory
-
-
-def _is_finished(output: Path, settings: PrepareSettings) -> bool:
-    if not output.exists():
-        return False
-    if not output.is_dir():
-        raise ValueError(f"The output {output} is a file; name a folder.")
-    if (output / MANIFEST_FILE).exists():
-        _refuse_other_settings(output, read_manifest(output).settings, settings, "holds shards")
-        return True
-    foreign = sorted(path.name for path in output.iterdir() if path.name != WORK_FOLDER)
-    if foreign and not (output / WORK_FOLDER).exists():
-        raise ValueError(
-            f"The output {output} holds something else "
-            f"({', '.join(foreign[:5])}{', …' if len(foreign) > 5 else ''}). "
-            "Nothing was changed; choose an empty or new folder."
-        )
-    return False
-
-
-def _refuse_other_settings(output: Path, before: dict, settings: PrepareSettings, what: str) -> None:
-    now = settings.content()
-    unlike = [
-        f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now if before.get(name) != now[name]
-    ]
-    if unlike:
-        raise ValueError(
-            f"The output {output} {what} made with other settings: {'; '.join(unlike)}. Nothing was "
-            "changed; choose "
-            "another output, or delete that folder first."
-        )
-
-
-def _claim(work: Path, settings: PrepareSettings) -> None:
-    """Note the settings on the first run; refuse to go on with others later."""
-    path = work / "settings.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        _refuse_other_settings(work.parent, before, settings, "holds an unfinished preparation")
-        print(f"Going on with the unfinished preparation in {work.parent}.")
+def _prepare(settings: PrepareSettings, output: Path, work: Path, clock: Clock, progress: bool) -> Manifest:
+    """All stages."""
+    if settings.executor == "local":
+        start_early()
+    questions = _questions(settings, work)  # a wrong file is better known now than after an hour
+    spec = _gather(settings.spec(), work)
+    parts = _list_parts_once(spec, work)
+    tokenizer = _make_tokenizer(settings, spec, output)
+    tokenizer_file = (work / "encoder.json").absolute()
+    write_atomically(tokenizer_file, tokenizer.backend_tokenizer.to_str().encode())
+    job = Job(
+        spec,
+        parts,
+        work.absolute(),
+        tokenizer_file,
+        tokenizer.eos_token_id,
+        _check_encoder(spec, parts, tokenizer_file, threads_of_each(_workers(settings), parts)),
+        settings.limit_tokens,
+        questions,
+        settings.near_deduplicate,
+    )
+    if settings.executor == "slurm":
+        folders = encode_on_slurm(job, settings)
+    elif settings.executor == "ray":
+        folders = encode_on_ray(job, settings)
     else:
-        write_atomically(path, json.dumps(settings.content()).encode())
+        folders = encode_locally(job, workers=_workers(settings), progress=progress)
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    entries, counts = assemble(
+        output,
+        work,
+        folders,
+        dtype,
+        deduplicate=settings.deduplicate,
+        validation_tokens=settings.validation_tokens,
+        limit_tokens=settings.limit_tokens,
+        tokens_per_shard=settings.tokens_per_shard,
+        progress=progress,
+    )
+    name = settings.tokenizer if settings.train_tokenizer is None else f"trained on {settings.source}"
+    return write_manifest(
+        output,
+        Manifest(
+            tokenizer=name,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            dtype=dtype.name,
+            shards=tuple(entries),
+            settings=settings.content(),
+            counts=counts,
+            contamination=contamination(questions, folders) if questions else None,
+            versions={name: version(name) for name in RECORDED_VERSIONS},
+            elapsed_seconds=round(clock.seconds, 1),
+        ),
+    )
 
 
 # ---- stages
@@ -234,13 +196,33 @@ def _make_tokenizer(settings: PrepareSettings, spec: SourceSpec, output: Path) -
     return load_tokenizer(folder)
 
 
-def _check_encoder(
-    settings: PrepareSettings, spec: SourceSpec, parts: list[Part], tokenizer_folder: Path
-) -> str | None:
+def _questions(settings: PrepareSettings, work: Path) -> Path | None:
+    """The file with the questions to look for, if any; decided once, so that all parts look for the same."""
+    path = work.absolute() / "questions.json"
+    none = work / "no_questions"
+    wanted = settings.contamination
+    on_the_hub = settings.source in NAMED_SOURCES or settings.source.startswith(HUB_PREFIX)
+    if wanted == "none" or (wanted is None and not on_the_hub) or none.exists():
+        return None
+    if not path.exists():
+        try:
+            questions = load_questions(wanted or HELLASWAG_HUB_ID)
+        except ValueError as error:
+            if wanted is not None:
+                raise
+            print(f"The corpus will not be compared with HellaSwag's questions: {error}.")
+            write_atomically(none, b"")
+            return None
+        # A question's text is its context with the right ending.
+        texts = [f"{question.ctx} {question.endings[question.label]}" for question in questions]
+        save_questions(path, Path(wanted or HELLASWAG_HUB_ID).name, texts)
+    return path
+
+
+def _check_encoder(spec: SourceSpec, parts: list[Part], tokenizer_file: Path, threads: int) -> str | None:
     """Compare both encoders on the source's own first documents, and say why if the slow one must be used."""
-    workers = min(_workers(settings), len(parts))
-    encoder, _ = encoder_for(tokenizer_folder, threads_per_worker(workers))
-    texts: list[str] = []
+    encoder = encoder_for(tokenizer_file, threads, None)
+    texts = list(PROBE_TEXTS)
     characters = 0
     for document in read_part(spec, parts[0]):
         texts.append(document.text[:VERIFY_CHARACTERS_EACH])
@@ -255,65 +237,6 @@ def _check_encoder(
 
 def _workers(settings: PrepareSettings) -> int:
     return settings.workers or os.cpu_count() or 1
-
-
-def _encode(
-    settings: PrepareSettings,
-    spec: SourceSpec,
-    parts: list[Part],
-    tokenizer_folder: Path,
-    work: Path,
-    why_slow: str | None,
-    progress: bool,
-) -> list[Path]:
-    """The folders of all encoded parts, in order."""
-    if settings.executor == "slurm":
-        return encode_on_slurm(settings, spec, parts, tokenizer_folder, work, why_slow)
-    if settings.executor == "ray":
-        return encode_on_ray(settings, spec, parts, tokenizer_folder, work, why_slow)
-    return encode_locally(
-        spec,
-        parts,
-        tokenizer_folder,
-        work,
-        workers=_workers(settings),
-        why_slow=why_slow,
-        limit_tokens=settings.limit_tokens,
-        questions=settings.contamination,
-        progress=progress,
-    )
-
-
-def _disk_full(output: Path) -> DiskFullError:
-    """The arithmetic of a full disk: what is there, what is still to come, by the rate of the parts that are
-    done.
-    """
-    work = output / WORK_FOLDER
-    free = shutil.disk_usage(output if output.exists() else output.absolute().anchor).free
-    try:
-        parts = [Part(**part) for part in json.loads((work / "parts.json").read_bytes())]
-    except (OSError, ValueError):
-        return DiskFullError(
-            f"The disk is full: {free / 1e6:,.1f} MB are free at {output}, and nothing is encoded yet. "
-            "Make room and run the same command again."
-        )
-    folders = [work / "parts" / f"{number:05d}" for number in range(len(parts))]
-    done = [
-        (part.bytes, (folder / "ids.bin").stat().st_size)
-        for part, folder in zip(parts, folders, strict=True)
-        if folder.exists()
-    ]
-    read, written = sum(size for size, _ in done), sum(size for _, size in done)
-    total = sum(part.bytes for part in parts)
-    # Before the first part is done: a token, two bytes, stands for about four bytes of English.
-    encoded = written * total / read if read else total / 2
-    return DiskFullError(
-        f"The disk is full: {free / 1e6:,.1f} MB are free at {output}. {len(done)} of {len(parts)} parts "
-        "are encoded, in "
-        f"{written / 1e6:,.1f} MB; all will need about {encoded / 1e6:,.1f} MB, and the shards as much "
-        "again before "
-        "the parts are deleted. Make room and run the same command again: finished parts are kept."
-    )
 
 
 def _print_summary(output: Path, manifest: Manifest) -> None:

@@ -41,9 +41,14 @@ class PrepareSettings:
     deduplicate: bool = _setting(
         True, "drop documents that differ from an earlier one in white space at most"
     )
+    near_deduplicate: bool = _setting(
+        False, "drop documents that nearly repeat an earlier one too, by MinHash; takes longer than encoding"
+    )
     limit_tokens: int | None = _setting(None, "stop after the document that reaches this many tokens")
     contamination: str | None = _setting(
-        None, "HellaSwag's questions (.jsonl or Hub id): count those with 13 words in a row in the corpus"
+        None,
+        "HellaSwag's questions (.jsonl or Hub id), to count those with 13 words in a row in the corpus; or "
+        "none; default Rowan/hellaswag for sources on the Hub, none for others",
     )
     tokens_per_shard: int = _setting(100_000_000, "tokens in a shard file, at most")
     workers: int | None = _setting(None, "processes that encode at once; default one a core")
@@ -70,6 +75,8 @@ class PrepareSettings:
             problems.append(f"executor={self.executor!r} is none of {', '.join(EXECUTORS)}")
         elif self.executor != "local" and self.limit_tokens is not None:
             problems.append("limit_tokens needs executor=local: parts are counted one after the other")
+        if self.near_deduplicate and self.limit_tokens is not None:
+            problems.append("near_deduplicate looks at the whole source: no limit_tokens")
         if self.workers is not None and self.workers < 1:
             problems.append(f"workers={self.workers} is not positive")
         if problems:

@@ -25,6 +25,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from data.files import commit_file, file_sha256, write_atomically
 from data.tokenizer import tokenizer_fingerprint
 
 MANIFEST_FILE = "manifest.json"
@@ -32,7 +33,6 @@ TOKENIZER_FOLDER = "tokenizer"
 FORMAT_VERSION = 1
 COLUMN = "input_ids"
 MAX_TOKENS_PER_SHARD = 2**31 - 1  # Arrow's list offsets are int32
-HASH_READ_BYTES = 1 << 20
 
 
 class ShardError(ValueError):
@@ -142,26 +142,6 @@ def write_manifest(shard_dir: Path, manifest: Manifest) -> Manifest:
     return read_manifest(shard_dir)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file appears under its name only once all of it is on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    commit_file(temporary, path)
-
-
-def commit_file(temporary: Path, path: Path) -> None:
-    """Rename a flushed file into place, and flush the folder so that the name survives a power cut too."""
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def write_shard(path: Path, split: str, ids: np.ndarray, offsets: np.ndarray) -> ShardEntry:
     """Write one shard: document d is ids[offsets[d]:offsets[d + 1]], its last id being end-of-text.
 
@@ -255,14 +235,6 @@ def check_files(shard_dir: Path, manifest: Manifest) -> None:
         raise ShardError(
             f"The shards in {shard_dir} are not those of their manifest: " + "; ".join(problems) + "."
         )
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(HASH_READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 class BlockRows(Sequence):

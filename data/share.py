@@ -10,8 +10,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+from data.files import commit_file
 from data.readers import patiently
-from data.shards import MANIFEST_FILE, Manifest, ShardError, commit_file, read_manifest
+from data.shards import MANIFEST_FILE, Manifest, ShardError, read_manifest
 from data.sources import HUB_PREFIX, SourceError, SourceSpec
 from data.verify import verify
 

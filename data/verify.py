@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from data.files import file_sha256
 from data.shards import (
     TOKENIZER_FOLDER,
     Manifest,
     ShardEntry,
     ShardError,
     check_files,
-    file_sha256,
     open_shard,
     read_manifest,
 )

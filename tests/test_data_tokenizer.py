@@ -12,13 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from data.encoder import PIECE_CHARACTERS, PROBE_TEXTS, FastEncoder, split_long
 from data.tokenizer import (
-    PIECE_CHARACTERS,
-    PROBE_TEXTS,
-    FastEncoder,
     gpt2_tokenizer,
     load_tokenizer,
-    split_long,
     token_byte_lengths,
     tokenizer_fingerprint,
     train_tokenizer,
