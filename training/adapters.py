@@ -1,19 +1,22 @@
 """LoRA (Hu et al. 2021) through PEFT: attached to any causal model, or refused with what it could fit."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import set_seed
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from training.base import will_be_converted
+from training.finetuning import FinetuneSettings
 from training.settings import SettingsError
 
+# In the run directory: the stock GPT-2 that was converted, which the adapter needs in that form.
+BASE_FOLDER = "base"
 
-def attach_lora(
-    model: Any, targets: Sequence[str], *, rank: int, alpha: float, dropout: float, base: str
-) -> Any:
-    """`model` with trainable low-rank updates beside its frozen weights. `base` is where to find it again.
+
+def attach_lora(settings: FinetuneSettings, model: Any) -> Any:
+    """`model` with trainable low-rank updates beside its frozen weights, the same on every process.
 
     Raises:
         SettingsError: if PEFT is not installed, or some target names no layer; the message has what there is.
@@ -22,6 +25,7 @@ def attach_lora(
         import peft
     except ImportError as error:
         raise SettingsError("--method lora needs a package: pip install peft") from error
+    targets = settings.lora_targets
     candidates = sorted(
         {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     )
@@ -33,10 +37,13 @@ def attach_lora(
             f"--lora_targets {' '.join(unknown) or '(none)'}: no layer of this {type(model).__name__} is "
             f"called so. It has {', '.join(candidates)}; all-linear takes each but the head."
         )
+    # Where the adapter will look for its base.
+    base = str(Path(settings.run_dir, BASE_FOLDER)) if will_be_converted(settings) else settings.model
+    set_seed(settings.seed)
     config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
-        lora_dropout=dropout,
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=settings.lora_dropout,
         target_modules="all-linear" if is_all else list(targets),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
@@ -66,7 +73,7 @@ def with_adapter(base: Any, folder: Path, *, merge: bool) -> Any:
     except (ValueError, RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise SettingsError(
-            f"the adapter in {folder} does not fit this {type(base).__name__}: {reason} An adapter can only be "
-            "merged into the model that it was trained on; give that one with --model."
+            f"the adapter in {folder} does not fit this {type(base).__name__}: {reason} An adapter can be "
+            "merged only into the model that it was trained on; give that one with --model."
         ) from error
     return adapted.merge_and_unload() if merge else adapted

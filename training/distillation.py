@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from training.files import write_safetensors
+from training.finetuning import FinetuneSettings
 from training.objective import IGNORED_LABEL
 from training.settings import SettingsError
 
@@ -145,6 +147,29 @@ class Distillation:
                     temporary.rename(file)
                 rows.append(states)
             return torch.cat(rows)
+
+
+def build_distillation(settings: FinetuneSettings, model: Any, vocabulary: int) -> Distillation:
+    """The objective of --method distill; the tokenizers of `model` and the teacher are the same.
+
+    Raises:
+        SettingsError: if the teacher cannot be loaded, or either model's logits are not a plain product.
+    """
+    try:
+        teacher = AutoModelForCausalLM.from_pretrained(
+            settings.teacher, dtype="auto", trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ImportError) as error:
+        raise SettingsError(f"--teacher {settings.teacher} cannot be loaded: {error}") from error
+    for name, one in ((settings.model, model), (settings.teacher, teacher)):
+        check_head(one, name)
+    return Distillation(
+        teacher,
+        vocabulary=vocabulary,
+        share=settings.teacher_weight,
+        temperature=settings.teacher_temperature,
+        cache=Path(settings.teacher_cache) if settings.teacher_cache else None,
+    )
 
 
 def last_hidden_states(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, torch.dtype]:
