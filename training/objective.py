@@ -39,6 +39,11 @@ def language_modeling_loss(model: nn.Module, batch: Mapping[str, Tensor], num_ta
     return torch.where(own_targets > 0, model(**batch).loss, 0.0) * (own_targets / num_targets)
 
 
+def without_cache(model: nn.Module, batch: Mapping[str, Tensor], num_targets: Tensor) -> Tensor:
+    """`language_modeling_loss` of packed rows, for models that would make a cache and so mix them."""
+    return language_modeling_loss(model, {**batch, "use_cache": False}, num_targets)  # type: ignore[dict-item]
+
+
 def _divides_by(model: nn.Module, argument: str) -> bool:
     """Whether the forward takes `argument`, by name or among others, as transformers' loss functions do."""
     while hasattr(model, "module") or hasattr(model, "_orig_mod"):  # data parallel, compiled
