@@ -18,17 +18,18 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from data.hellaswag import HUB_ID, load_questions
 from data.loader import build_loader, collate_blocks
 from data.prepare import PrepareSettings, prepare
 from data.provenance import describe_rows
 from data.shards import TokenBlocks
-from data.tokenizer import load_tokenizer, token_byte_lengths
+from data.tokenizer import load_tokenizer
+from evaluation.during_training import questions_to_ask, token_bytes_or_none
 from evaluation.generation import generate_samples
 from evaluation.hellaswag import evaluate_hellaswag
-from evaluation.isolation import preserved_rng
 from evaluation.language_modeling import evaluate_loss
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
+from training.averaging import WeightAverage
+from training.budget import RunLength
 from training.checkpoint import BackgroundWriter, Keep, TrainState, save_checkpoint
 from training.device import start_accelerator, start_processes
 from training.export import export_model, how_to_load
@@ -36,13 +37,15 @@ from training.guard import StepGuard, check_weights
 from training.interruption import Interruptions
 from training.journal import Journal
 from training.objective import count_targets, count_tokens, language_modeling_loss, to_device
+from training.optimizer import set_learning_rate
 from training.patience import Patience, restore_best_weights
-from training.recipe import TrainSettings, describe_batch, micro_batches_per_process
+from training.plan import StandInBlocks, plan_or_run
+from training.recipe import TrainSettings, micro_batches_per_process
 from training.run_directory import on_main_process
-from training.schedule import learning_rate_at
 from training.settings import SettingsError, for_the_owner, given_flags, parse_settings
 from training.shards import announce_shards, make_if_missing, words_to_train
 from training.start import count_parameters, open_run, say_complete
+from training.throughput import describe_machine
 from training.weights import whole
 
 ROOT = Path(__file__).resolve().parent
@@ -57,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         settings = parse_settings(TrainSettings, argv, default_config=ROOT / "recipes" / "demo.yaml")
         tokenizer, train_set, eval_set = prepare_data(settings, given_flags(argv))
-        model = build_model(settings, tokenizer)
-        train(settings, model, tokenizer, train_set, eval_set, collate_blocks, language_modeling_loss)
+        run = partial(train, tokenizer=tokenizer, train_set=train_set, eval_set=eval_set)
+        run = partial(run, collate=collate_blocks, objective=language_modeling_loss)
+        plan_or_run(settings, partial(build_model, settings, tokenizer), run, script=__file__)
     except SettingsError as error:
         if start_processes().is_local_main_process:  # once a machine
             print(f"error: {error}", file=sys.stderr)
@@ -70,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def prepare_data(
     settings: TrainSettings, given: Collection[str] = ()
-) -> tuple[PreTrainedTokenizerFast, TokenBlocks, TokenBlocks]:
+) -> tuple[PreTrainedTokenizerFast, Dataset, Dataset]:
     """Tokenizer, training and validation blocks of the shards; the main process makes missing ones.
 
     Raises:
@@ -78,6 +82,10 @@ def prepare_data(
     """
     shards = settings.shards
     words = words_to_train(settings, given)
+    if settings.plan and not words and not Path(shards, "manifest.json").exists():
+        tokenizer = load_tokenizer(settings.tokenizer)
+        blocks = StandInBlocks(len(tokenizer), settings.block_size)
+        return tokenizer, blocks, blocks
     wanted = PrepareSettings(settings.source, shards, settings.tokenizer, train_tokenizer=words)
     make_if_missing(Path(shards, "manifest.json"), lambda: prepare(wanted))
     with for_the_owner(ValueError, OSError):
@@ -130,46 +138,43 @@ def train(
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     accumulation = micro_batches_per_process(settings, world_size)
     with for_the_owner(ValueError, OSError):
-        source = HUB_ID if settings.hellaswag_questions == "hub" else settings.hellaswag_questions
-        questions = load_questions(source, limit=settings.hellaswag_limit) if source else []
-    parameters = count_parameters(model)
+        questions = questions_to_ask(settings.hellaswag_questions, settings.hellaswag_limit)
+    machine, parameters = describe_machine(accelerator, settings, model), count_parameters(model)
     run, state = open_run(accelerator, settings, model, tokenizer, train_set)
     model, optimizer = state.model, state.optimizer
     run_dir, export_dir = run.path, run.path / "export"
     patience = Patience(accelerator, run_dir, settings.early_stopping_evaluations)
-    if (state.step >= settings.max_steps or patience.is_over) and export_dir.exists():
+    length = RunLength(accelerator, run_dir, settings, machine, state)
+    if (state.step >= length.max_steps or patience.is_over) and export_dir.exists():
         accelerator.print(say_complete(run_dir, state))
         return state
 
     rows = settings.micro_batch_size
     loader = partial(build_loader, collate=collate, micro_batch_size=rows, rank=rank, world_size=world_size)
     first_micro_batch = state.step * accumulation * world_size
-    with preserved_rng():  # an iterator of DataLoader draws a number that nobody uses
-        micro_batches = iter(loader(train_set, seed=settings.seed, start_batch=first_micro_batch))
+    micro_batches = iter(loader(train_set, seed=settings.seed, start_batch=first_micro_batch))
     eval_batches = -(-settings.eval_tokens // (rows * settings.block_size))
-    try:
-        token_bytes: Tensor | None = torch.from_numpy(token_byte_lengths(tokenizer))
-    except ValueError as error:
-        token_bytes = None
-        accelerator.print(f"Validation leaves out bits per byte. {error}")
+    prompts, temperature = settings.sample_prompts, settings.sample_temperature
+    token_bytes = token_bytes_or_none(tokenizer, warn=accelerator.print)
     evaluate = partial(evaluate_loss, token_bytes=token_bytes, max_batches=eval_batches)
-    sample = partial(generate_samples, accelerator=accelerator, max_new_tokens=settings.sample_tokens, seed=0)
+    validate = partial(evaluate, model, loader(eval_set, seed=None), accelerator)
+    average = WeightAverage(accelerator, model, optimizer, settings.ema_decay)
+    sample = partial(generate_samples, accelerator=accelerator, temperature=temperature, seed=0)
+    sample = partial(sample, max_new_tokens=settings.sample_tokens)
     keep = Keep(settings.keep_last, settings.keep_every_steps, settings.keep_best)
     guard = StepGuard(device, state.skipped_steps, state.skipped_in_a_row)
     rows_in_words = partial(describe_rows, train_set, settings.seed)
-    journal = Journal(accelerator, run, guard, state, settings, rows_in_words)
+    journal = Journal(accelerator, run, guard, state, settings, rows_in_words, machine, length)
     writer = BackgroundWriter(warn=journal.say)
     interruptions = Interruptions(
         accelerator, run_dir, max_minutes=settings.max_minutes, save_every_minutes=settings.save_every_minutes
     )
     stop = ""
+    model.train()  # once: what looks at the model puts it back
     with closing(journal), interruptions, closing(writer):
-        journal.begin(state, f"{chosen}\n{parameters:,} parameters; {describe_batch(settings, world_size)}.")
-        while state.step < settings.max_steps and not stop and not patience.is_over:
-            learning_rate = learning_rate_at(state.step, settings)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            model.train()
+        journal.begin(state, chosen, parameters)
+        while state.step < length.max_steps and not stop and not patience.is_over:
+            learning_rate = set_learning_rate(optimizer, state.step, length.settings)
             batches = [to_device(batch, device) for batch in islice(micro_batches, accumulation)]
             counts = torch.stack([torch.stack([count_targets(b), count_tokens(b)]) for b in batches]).sum(0)
             num_targets, num_tokens = accelerator.reduce(counts, "sum").clamp(min=1)
@@ -188,18 +193,21 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             state.step += 1
+            average.update(state.step)
             journal.add(state, learning_rate, loss, gradient_norm, is_skipped, num_tokens, all_shares)
 
             agreed = interruptions.agree(alarm=writer.cannot_go_on())
-            is_last = state.step == settings.max_steps
-            evaluates = is_last or state.step % settings.eval_every_steps == 0
-            if evaluates or state.step % settings.log_every_steps == 0:
+            if state.step % settings.log_every_steps == 0:
                 journal.flush(state)
+                journal.say(length.fit(state))
+            is_last = state.step >= length.max_steps
+            evaluates = is_last or state.step % settings.eval_every_steps == 0
             saves = agreed.save or state.step % settings.save_every_steps == 0
             if evaluates:
+                journal.flush(state)
                 check_weights(accelerator, model, state.step)
-                result = evaluate(model, loader(eval_set, seed=None), accelerator)
-                journal.validation(state, result.loss, result.bits_per_byte)
+                result, averaged = validate(), average.use(validate)
+                journal.validation(state, result, averaged)
                 saves |= patience.improves(result.loss) and settings.export_best
             is_last |= patience.is_over
             stop = "" if is_last else agreed.stop
@@ -212,17 +220,19 @@ def train(
                 check_weights(accelerator, model, state.step)
             if scores:
                 found = evaluate_hellaswag(model, tokenizer, questions, accelerator, styles=["harness"])
-                journal.hellaswag(state, found.accuracy["harness_acc_norm"].value, found.questions)
-            if saves:  # after the validation, whose loss says which checkpoint is best
+                journal.hellaswag(state, found.accuracy["harness_acc_norm"].value, len(questions))
+            if saves and not settings.plan:  # after the validation: its loss says which checkpoint is best
                 save_checkpoint(accelerator, run_dir, state, keep=keep, writer=writer)
                 interruptions.saved()
+                journal.saved()
             if samples:
-                prompts, temperature = settings.sample_prompts, settings.sample_temperature
-                journal.samples(prompts, sample(model, tokenizer, prompts, temperature=temperature))
+                journal.samples(state, prompts, sample(model, tokenizer, prompts))
             if evaluates or samples or scores or saves:
                 journal.resume_clock()
         on_main_process(accelerator, writer.finish)
-    journal.event("stopped" if stop else "finished", step=state.step, reason=stop)
+    journal.end("stopped" if stop else "finished", state, stop)
+    if settings.plan:
+        return state
     interruptions.forget_stop_file()
     if stop:
         journal.say(f"Stopped after step {state.step:,}: {stop}. The same command goes on from there.")
@@ -230,6 +240,7 @@ def train(
     if settings.export_best:
         journal.say(restore_best_weights(accelerator, run_dir, state))
     export_model(accelerator, model, tokenizer, export_dir)
+    average.use(partial(export_model, accelerator, model, tokenizer, run_dir / "export-ema"))
     journal.say(how_to_load(export_dir))
     return state
 

@@ -101,5 +101,5 @@ def free_port() -> int:
 def metrics_of(run_dir: Path) -> list[dict]:
     """Lines of metrics.jsonl, without what depends on the time."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("tokens_per_second", "elapsed_seconds")
+    timed = ("tokens_per_second", "elapsed_seconds", "mfu", "spend_usd")
     return [{name: value for name, value in line.items() if name not in timed} for line in lines]

@@ -1,22 +1,27 @@
 """What a run tells: a line of metrics per step, the progress bar, events, trackers."""
 
 import math
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from training.budget import RunLength
 from training.checkpoint import TrainState
 from training.guard import SpikeWatch, StepGuard
-from training.recipe import TrainSettings
+from training.memory import peak_memory
+from training.recipe import TrainSettings, describe_batch
 from training.run_directory import RunDirectory
 from training.settings import SettingsError, plain_settings
-from training.throughput import Progress, Stopwatch
+from training.throughput import Machine, Progress, Stopwatch, in_words
 from training.trackers import Trackers
 
 
@@ -44,27 +49,45 @@ class Journal:
         state: TrainState,
         settings: TrainSettings,
         describe_rows: Callable[[int, int], str],
+        machine: Machine,
+        length: RunLength,
     ):
         """`describe_rows(first, count)` says in words where those rows of the data order come from."""
         self._accelerator, self._run, self._guard, self._settings = accelerator, run, guard, settings
-        self._describe_rows = describe_rows
-        is_main = accelerator.is_main_process
-        self._progress = Progress(step=state.step, max_steps=settings.max_steps, is_shown=is_main)
+        self._state, self._describe_rows = state, describe_rows
+        is_shown = accelerator.is_main_process and not settings.plan
+        self._machine, self._length = machine, length
+        self._progress = Progress(step=state.step, max_steps=length.max_steps, is_shown=is_shown)
         self.say = self._progress.say
         self._trackers = Trackers(accelerator, plain_settings(settings), warn=self.say)
         self._spikes = SpikeWatch()
         self._records: list[StepRecord] = []
         self._stopwatch = Stopwatch()
         self._elapsed_before, self._began = state.elapsed_seconds, time.monotonic()
+        self._first_step, self._seconds, self._marked = state.step, dict[str, float](), self._began
 
-    def begin(self, state: TrainState, text: str) -> None:
-        """Say and note that training starts or goes on."""
-        self.say(text)
-        self.say(
-            f"{f'Going on from step {state.step:,}' if state.step else 'A new run'} in {self._run.path}."
+    def begin(self, state: TrainState, chosen: str, parameters: int) -> None:
+        """Say and note that training starts or goes on; `chosen` is where and how it computes."""
+        machine, processes = self._machine, self._accelerator.num_processes
+        batch = describe_batch(self._length.settings, processes)
+        self._accelerator.print(
+            f"{chosen}\n{parameters:,} parameters; {batch}.\n"
+            f"MFU is relative to {machine.peak_flops / 1e12:,.3g} TFLOP/s ({machine.peak_source})."
         )
-        processes = self._accelerator.num_processes
-        self.event("resumed" if state.step else "started", step=state.step, processes=processes)
+        begins = f"Going on from step {state.step:,}" if state.step else "A new run"
+        self.say(f"{begins} in {self._run.path}.")
+        self.event(
+            "resumed" if state.step else "started",
+            step=state.step,
+            processes=processes,
+            parameters=parameters,
+            device=machine.device,
+            peak_tflops=round(machine.peak_flops / 1e12, 3),
+            peak_source=machine.peak_source,
+            flops_per_token=machine.flops_per_token,
+            command=sys.argv,
+            versions={"torch": torch.__version__, "transformers": transformers.__version__},
+        )
 
     def add(
         self,
@@ -89,13 +112,22 @@ class Journal:
         Raises:
             SettingsError: if too many steps in a row were not finite.
         """
+        last = self._write(state)
+        if last is not None and state.skipped_in_a_row >= self._settings.max_skipped_steps:
+            raise SettingsError(self._diverged(state, *last))
+
+    def _write(self, state: TrainState) -> tuple[int, list[float]] | None:
+        """`flush` without the judgement; returns the last step and its shares of the loss, if any."""
         if not self._records:
-            return
+            return None
         records, self._records = self._records, []
+        self._mark("training")
         numbers = torch.stack([record.numbers for record in records]).tolist()
         speed = self._stopwatch.tokens_per_second(int(sum(row[3] for row in numbers)))
         state.elapsed_seconds = self._elapsed_before + time.monotonic() - self._began
         state.skipped_steps, state.skipped_in_a_row = self._guard.read()
+        mfu, spend = self._machine.mfu(speed), self._machine.spend_usd(state.elapsed_seconds)
+        costs = {"spend_usd": round(spend, 4)} if spend else {}
         lines = []
         for record, (loss, gradient_norm, is_skipped, tokens, *_) in zip(records, numbers, strict=True):
             state.tokens += int(tokens)
@@ -106,7 +138,9 @@ class Journal:
                 "learning_rate": record.learning_rate,
                 "gradient_norm": gradient_norm,
                 "tokens_per_second": round(speed, 1),
+                "mfu": round(mfu, 4),
                 "elapsed_seconds": round(state.elapsed_seconds, 3),
+                **costs,
             }
             if is_skipped:
                 line["skipped"] = True
@@ -118,10 +152,20 @@ class Journal:
             lines.append(line)
         self._run.append_metrics(lines)
         self._trackers.log({name: value for name, value in lines[-1].items() if name != "step"}, state.step)
-        self._progress.show(state.step, numbers[-1][0], records[-1].learning_rate, speed)
+        max_steps = self._length.max_steps
+        seconds = (time.monotonic() - self._began) / max(1, state.step - self._first_step)
+        parts = [
+            f"loss {numbers[-1][0]:.4f}",
+            f"learning rate {records[-1].learning_rate:.2e}",
+            f"gradient norm {numbers[-1][1]:.2f}",
+            f"{speed:,.0f} tokens/s",
+            f"MFU {mfu:.1%}",
+            f"{in_words((max_steps - state.step) * seconds)} left",
+            *([f"{spend:,.2f} USD"] if spend else []),
+        ]
+        self._progress.show(state.step, max_steps, ", ".join(parts))
         self._stopwatch.restart()
-        if state.skipped_in_a_row >= self._settings.max_skipped_steps:
-            raise SettingsError(self._diverged(state, records[-1].step, numbers[-1][4:]))
+        return records[-1].step, numbers[-1][4:]
 
     def _diverged(self, state: TrainState, last_step: int, shares: list[float]) -> str:
         """The message that ends a run whose steps are not finite. Every process calls this."""
@@ -145,22 +189,35 @@ class Journal:
             "elsewhere, lower the learning rate."
         )
 
-    def validation(self, state: TrainState, loss: float, bits_per_byte: float | None) -> None:
-        """A validation's result; `state` remembers the loss, by which the best checkpoint is found."""
-        state.validation_loss, state.validation_step = loss, state.step
+    def validation(self, state: TrainState, result: Any, averaged: Any = None) -> None:
+        """A validation's result: `loss` and `bits_per_byte`; `state` remembers the loss, by which the best
+        checkpoint is found.
+
+        `averaged` is that of the averaged weights, where an average is kept.
+        """
+        self._mark("validation")
+        state.validation_loss, state.validation_step = result.loss, state.step
         line = {
             "step": state.step,
             "tokens": state.tokens,
-            "validation_loss": loss,
-            "bits_per_byte": bits_per_byte,
+            "validation_loss": result.loss,
+            "bits_per_byte": result.bits_per_byte,
         }
+        text = f"validation loss {result.loss:.4f} nats/token"
+        if result.bits_per_byte is not None:
+            text += f", {result.bits_per_byte:.4f} bits/byte"
+        if averaged is not None:
+            line["averaged_validation_loss"] = averaged.loss
+            text += f"; with averaged weights {averaged.loss:.4f}"
         self._run.append_metrics([line])
-        self._trackers.log({"validation_loss": loss, "bits_per_byte": bits_per_byte}, state.step)
-        in_bytes = f", {bits_per_byte:.4f} bits/byte" if bits_per_byte is not None else ""
-        self.say(f"step {state.step:,}: validation loss {loss:.4f} nats/token{in_bytes}")
+        self._trackers.log(
+            {name: value for name, value in line.items() if name not in ("step", "tokens")}, state.step
+        )
+        self.say(f"step {state.step:,}: {text}")
 
     def hellaswag(self, state: TrainState, accuracy: float, questions: int) -> None:
         """The part of `questions` answered rightly, lm-evaluation-harness's `acc_norm`."""
+        self._mark("hellaswag")
         line = {
             "step": state.step,
             "tokens": state.tokens,
@@ -171,20 +228,43 @@ class Journal:
         self._trackers.log({"hellaswag_acc_norm": accuracy}, state.step)
         self.say(f"step {state.step:,}: HellaSwag {accuracy:.2%} of {questions:,} questions (acc_norm)")
 
-    def samples(self, prompts: tuple[str, ...], texts: list[str]) -> None:
-        """Show what the model writes."""
+    def saved(self) -> None:
+        """A checkpoint was taken; it may still be on its way to the disk."""
+        self._mark("checkpoints")
+
+    def samples(self, state: TrainState, prompts: tuple[str, ...], texts: list[str]) -> None:
+        """Show and keep what the model writes."""
+        self._mark("samples")
+        self._run.append_samples(
+            [{"step": state.step, "prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
+        )
         for prompt, text in zip(prompts, texts, strict=True):
             self.say(f"  | {prompt}{text}".replace("\n", "\n  | "))
 
     def resume_clock(self) -> None:
         """Training goes on after something else: that time does not count as training's."""
         self._stopwatch.restart()
+        self._marked = time.monotonic()
+
+    def _mark(self, activity: str) -> None:
+        """What was done since the last mark was `activity`."""
+        now = time.monotonic()
+        self._seconds[activity] = self._seconds.get(activity, 0.0) + now - self._marked
+        self._marked = now
+
+    def end(self, event: str, state: TrainState, reason: str) -> None:
+        """Note how training ended, where the time went, and how much memory it took."""
+        seconds = {activity: round(spent, 3) for activity, spent in self._seconds.items()}
+        memory = peak_memory(self._accelerator.device)
+        self.event(event, step=state.step, reason=reason, seconds=seconds, peak_memory_bytes=memory)
 
     def event(self, event: str, **details: Any) -> None:
         """See `RunDirectory.append_event`."""
         self._run.append_event(event, **details)
 
     def close(self) -> None:
-        """Leave the progress bar as it is, and let trackers finish."""
+        """Write what is left when an error ends the run, leave the bar as it is, and let trackers finish."""
+        with suppress(Exception):  # a device that failed gives no numbers: its own error is the one to show
+            self._write(self._state)
         self._trackers.close()
         self._progress.close()

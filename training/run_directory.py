@@ -28,6 +28,7 @@ SETTINGS_FILE = "settings.yaml"
 DATA_FILE = "data.json"
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 LOCK_FILE = ".lock"
 # How some network file systems say that they have no locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
@@ -175,8 +176,11 @@ class RunDirectory:
         return problems
 
     def continue_metrics(self, last_step: int) -> None:
-        """Forget metrics of steps after `last_step`, which come again, and a line that a crash cut off."""
-        path = self.path / METRICS_FILE
+        """Forget metrics and samples of later steps, which come again, and a line that a crash cut off."""
+        for name in (METRICS_FILE, SAMPLES_FILE):
+            self._forget_after(self.path / name, last_step)
+
+    def _forget_after(self, path: Path, last_step: int) -> None:
         if not self._is_main or not path.exists():
             return
         kept = []
@@ -193,6 +197,10 @@ class RunDirectory:
     def append_metrics(self, lines: list[dict[str, Any]]) -> None:
         """One JSON object per line; a number that is not finite is null, which JSON can say."""
         self._append(METRICS_FILE, lines)
+
+    def append_samples(self, lines: list[dict[str, Any]]) -> None:
+        """What the model wrote at a step: `step`, `prompt`, `text`."""
+        self._append(SAMPLES_FILE, lines)
 
     def append_event(self, event: str, **details: Any) -> None:
         """Something worth knowing later that is no metric.

@@ -1,0 +1,28 @@
+"""What a training run needs for looking at its model in between."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from data.hellaswag import HUB_ID, Question, load_questions
+from data.tokenizer import token_byte_lengths
+
+
+def token_bytes_or_none(tokenizer: PreTrainedTokenizerFast, warn: Callable[[str], None]) -> Tensor | None:
+    """UTF-8 bytes of each token, (vocabulary,) int32; None, and a word about it, where they are not fixed."""
+    try:
+        return torch.from_numpy(token_byte_lengths(tokenizer))
+    except ValueError as error:
+        warn(f"Validation leaves out bits per byte. {error}")
+        return None
+
+
+def questions_to_ask(source: str, limit: int) -> list[Question]:
+    """The first `limit` questions of a local file, or of Rowan/hellaswag for "hub"; none for "".
+
+    Raises:
+        ValueError: as `load_questions`.
+    """
+    return load_questions(HUB_ID if source == "hub" else source, limit=limit) if source else []
