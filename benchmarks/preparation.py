@@ -1,141 +1,247 @@
 """How fast text becomes shards, and shards batches, beside other ways of doing it on the same documents.
 
-    python benchmarks/preparation.py --data prose.jsonl [--megabytes 24] [--rounds 3]
+    python benchmarks/preparation.py --data prose.jsonl … [--megabytes 100] [--copies 4] [--rounds 3]
+        [--output benchmarks/preparation.md]
 
-Every way starts from the same Parquet file, except the first, which has the texts in memory and writes
-nothing: it is the ceiling. Ways take turns, so that a busy machine slows all of them; the median of the
-rounds counts.
+Every way starts from the same Parquet files, except the first, which has the texts in memory and writes
+nothing: it is the ceiling. Each runs in a process of its own, without the time for its imports; ways take
+turns, so that a busy machine slows all of them. The medians of the rounds count.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import io
 import json
 import lzma
 import multiprocessing
 import os
+import platform
 import statistics
+import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import datasets
 import numpy as np
+import psutil
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet
-import tiktoken
 
 sys.path.insert(0, os.fspath(Path(__file__).resolve().parent.parent))
 
+import tiktoken
+
+from data.encoder import tiktoken_encoding
 from data.loader import build_loader, collate_blocks
 from data.prepare import PrepareSettings, prepare
 from data.shards import TokenBlocks, read_manifest
-from data.tokenizer import gpt2_tokenizer, tiktoken_encoding
+from data.tokenizer import gpt2_tokenizer
 
 PROCESSES = 2
 DOCUMENT_CHARACTERS = 5000  # books are cut to about the length of FineWeb-Edu's pages
 ROWS_PER_GROUP = 1000  # as in FineWeb-Edu's files
+FILES = 4
 BLOCK = 1024
 MICRO_BATCH = 16
 LOADER_TOKENS = 400_000_000
+SAMPLE_SECONDS = 0.1  # of the CPU time of all processes that a way starts
+CEILING = "bare tiktoken in threads, texts in memory"
+OURS = "data.prepare: Parquet to verified shards"
+POOL = "pool of processes to .npy (fineweb.py's scheme)"
+MAP = "datasets.map(num_proc=2) + save_to_disk"
 
 
-def read_texts(path: str, megabytes: float) -> list[str]:
-    opener = lzma.open if path.endswith(".xz") else open
-    texts: list[str] = []
+def read_texts(paths: list[str], megabytes: float) -> Iterator[str]:
     size = 0
-    with opener(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            text = json.loads(line)["text"]
-            for start in range(0, len(text), DOCUMENT_CHARACTERS):
-                texts.append(text[start : start + DOCUMENT_CHARACTERS])
-                size += len(texts[-1].encode())
-                if size >= megabytes * 1e6:
-                    return texts
-    return texts
+    for path in paths:
+        opener = lzma.open if path.endswith(".xz") else open
+        with opener(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                text = json.loads(line)["text"]
+                for start in range(0, len(text), DOCUMENT_CHARACTERS):
+                    yield text[start : start + DOCUMENT_CHARACTERS]
+                    size += DOCUMENT_CHARACTERS
+                    if size >= megabytes * 1e6:
+                        return
 
 
-# ---- the ways
+def write_parquet(texts: list[str], copies: int, folder: Path) -> int:
+    """Parquet files of FineWeb-Edu's shape; a number in front tells the copies of a text apart."""
+    folder.mkdir()
+    characters = 0
+    for number in range(FILES):
+        some = [f"{copy} {text}" for copy in range(copies) for text in texts[number::FILES]]
+        characters += sum(map(len, some))
+        table = pa.table({"text": some})
+        pa.parquet.write_table(table, folder / f"{number}.parquet", row_group_size=ROWS_PER_GROUP)
+    return characters
 
 
-def bare_tiktoken(texts: list[str], encoding: tiktoken.Encoding) -> int:
+# ---- the ways: each returns the tokens that it made, and is timed from its call to its return
+
+
+def bare_tiktoken(source: Path, folder: Path, tokenizer: Path) -> Callable[[], int]:
     """Texts in memory, ids thrown away: what nothing that also reads and writes can be expected to beat."""
-    size = len(texts) // (PROCESSES * 8) + 1
+    texts = [text for path in sorted(source.iterdir()) for text in _column(path)]
+    encoding = _encoding(tokenizer)
+    size = len(texts) // (PROCESSES * 64) + 1
     chunks = [texts[start : start + size] for start in range(0, len(texts), size)]
-    with ThreadPoolExecutor(PROCESSES) as pool:
-        counts = pool.map(
-            lambda chunk: sum(len(encoding.encode_to_numpy(t, disallowed_special=())) + 1 for t in chunk),
-            chunks,
-        )
-        return sum(counts)
+
+    def run() -> int:
+        with ThreadPoolExecutor(PROCESSES) as pool:
+            counts = pool.map(
+                lambda chunk: sum(len(encoding.encode_to_numpy(t, disallowed_special=())) + 1 for t in chunk),
+                chunks,
+            )
+            return sum(counts)
+
+    return run
 
 
-def ours(parquet: Path, folder: Path, tokenizer: Path) -> int:
+def ours(source: Path, folder: Path, tokenizer: Path) -> Callable[[], int]:
     """Read, drop copies, encode, split, write, hash."""
-    settings = PrepareSettings(str(parquet), str(folder / "ours"), tokenizer=str(tokenizer))
-    with contextlib.redirect_stdout(io.StringIO()):
-        return read_manifest(prepare(settings, progress=False)).tokens()
+    settings = PrepareSettings(str(source), str(folder / "ours"), tokenizer=str(tokenizer), workers=PROCESSES)
+
+    def run() -> int:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return read_manifest(prepare(settings, progress=False)).tokens()
+
+    return run
 
 
-def datasets_map(parquet: Path, folder: Path, tokenizer: Path) -> int:
+def datasets_map(source: Path, folder: Path, tokenizer: Path) -> Callable[[], int]:
     """`datasets.map` over the `tokenizers` tokenizer, then `save_to_disk`."""
+    import datasets
     from transformers import AutoTokenizer
 
+    datasets.disable_progress_bars()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # two processes of one thread, as everywhere here
     fast = AutoTokenizer.from_pretrained(tokenizer)
     end = fast.eos_token_id
 
     def encode(rows):
-        return {
-            "input_ids": [[*ids, end] for ids in fast(rows["text"], return_attention_mask=False)["input_ids"]]
-        }
+        ids = fast(rows["text"], return_attention_mask=False)["input_ids"]
+        return {"input_ids": [[*row, end] for row in ids]}
 
-    table = datasets.load_dataset(
-        "parquet", data_files=str(parquet), split="train", cache_dir=str(folder / "cache")
-    )
-    encoded = table.map(encode, batched=True, num_proc=PROCESSES, remove_columns=table.column_names)
-    encoded.save_to_disk(str(folder / "map"))
-    return sum(len(ids) for ids in encoded.data.column("input_ids").to_pylist())
+    def run() -> int:
+        files, cache = str(source / "*.parquet"), str(folder / "cache")
+        table = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=cache)
+        encoded = table.map(encode, batched=True, num_proc=PROCESSES, remove_columns=table.column_names)
+        encoded.save_to_disk(str(folder / "map"))
+        return pa.compute.sum(pa.compute.list_value_length(encoded.data.column("input_ids"))).as_py()
+
+    return run
 
 
 ENCODING: tiktoken.Encoding
 
 
-def _start_worker(tokenizer: str) -> None:
-    from transformers import AutoTokenizer
-
+def _start_worker(tokenizer: Path) -> None:
     global ENCODING
-    ENCODING = tiktoken_encoding(AutoTokenizer.from_pretrained(tokenizer))  # type: ignore[arg-type]
+    ENCODING = _encoding(tokenizer)
 
 
-def _encode_one(text: str) -> np.ndarray:
-    return np.array([50256, *ENCODING.encode_ordinary(text)]).astype(np.uint16)
+def _encode_one(row: dict[str, str]) -> np.ndarray:
+    ids = np.array([50256, *ENCODING.encode_ordinary(row["text"])])
+    assert (0 <= ids).all() and (ids < 2**16).all()
+    return ids.astype(np.uint16)
 
 
-def pool_to_npy(parquet: Path, folder: Path, tokenizer: Path) -> int:
-    """The scheme of build-nanogpt's fineweb.py: a pool over documents, uint16 arrays, .npy shards."""
-    folder.joinpath("npy").mkdir()
-    shard = np.empty(10_000_000, dtype=np.uint16)
-    filled = total = number = 0
-    texts = (
-        text
-        for batch in pa.parquet.ParquetFile(parquet).iter_batches(columns=["text"])
-        for text in batch.column(0).to_pylist()
-    )
-    context = multiprocessing.get_context("fork")
-    with context.Pool(PROCESSES, initializer=_start_worker, initargs=(str(tokenizer),)) as pool:
-        for ids in pool.imap(_encode_one, texts, chunksize=16):
-            if filled + len(ids) > len(shard):
-                np.save(folder / "npy" / f"{number}.npy", shard[:filled])
-                number, filled = number + 1, 0
-            shard[filled : filled + len(ids)] = ids
-            filled, total = filled + len(ids), total + len(ids)
-    np.save(folder / "npy" / f"{number}.npy", shard[:filled])
-    return total
+def pool_to_npy(source: Path, folder: Path, tokenizer: Path) -> Callable[[], int]:
+    """The scheme of build-nanogpt's fineweb.py: a pool over the rows of `load_dataset`, uint16 arrays, .npy
+    shards. (It would start half as many processes as there are cores; here they are as many as elsewhere.)
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+
+    def run() -> int:
+        files, cache = str(source / "*.parquet"), str(folder / "cache")
+        rows = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=cache)
+        shard = np.empty(100_000_000, dtype=np.uint16)
+        filled = total = number = 0
+        context = multiprocessing.get_context("fork")
+        with context.Pool(PROCESSES, initializer=_start_worker, initargs=(tokenizer,)) as pool:
+            for ids in pool.imap(_encode_one, rows, chunksize=16):
+                if filled + len(ids) > len(shard):
+                    np.save(folder / f"{number}.npy", shard[:filled])
+                    number, filled = number + 1, 0
+                shard[filled : filled + len(ids)] = ids
+                filled, total = filled + len(ids), total + len(ids)
+        np.save(folder / f"{number}.npy", shard[:filled])
+        return total
+
+    return run
+
+
+WAYS = {CEILING: bare_tiktoken, OURS: ours, POOL: pool_to_npy, MAP: datasets_map}
+
+
+def _column(path: Path) -> Iterator[str]:
+    for batch in pa.parquet.ParquetFile(path).iter_batches(columns=["text"]):
+        yield from batch.column(0).to_pylist()
+
+
+def _encoding(tokenizer: Path) -> tiktoken.Encoding:
+    return tiktoken_encoding(json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8")))
+
+
+# ---- measuring
+
+
+class CpuTime:
+    """CPU seconds of this process and all it starts, also of those that nobody waits for."""
+
+    def __enter__(self) -> CpuTime:
+        self.spent: dict[int, float] = {}
+        self.stop = threading.Event()
+        self.process = psutil.Process()
+        self._look()
+        self.before = dict(self.spent)
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self.stop.wait(SAMPLE_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        for process in [self.process, *self.process.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                self.spent[process.pid] = times.user + times.system
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        self._look()
+        self.seconds = sum(self.spent.values()) - sum(self.before.values())
+
+
+def measure(way: str, source: Path, tokenizer: Path) -> dict[str, float]:
+    """One run in a process of its own; {"tokens", "seconds", "cpu_seconds"}."""
+    with tempfile.TemporaryDirectory(dir=source.parent) as folder:
+        command = [sys.executable, __file__, "--way", way, os.fspath(source), folder, os.fspath(tokenizer)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_one(way: str, source: str, folder: str, tokenizer: str) -> None:
+    run = WAYS[way](Path(source), Path(folder), Path(tokenizer))
+    with CpuTime() as cpu:
+        started = time.perf_counter()
+        tokens = run()
+        seconds = time.perf_counter() - started
+    print(json.dumps({"tokens": tokens, "seconds": seconds, "cpu_seconds": cpu.seconds}))
 
 
 def loader_rate(folder: Path) -> float:
@@ -151,58 +257,94 @@ def loader_rate(folder: Path) -> float:
     return tokens / (time.perf_counter() - started)
 
 
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):,.2f} ({min(values):,.2f}–{max(values):,.2f})"
+
+
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """Medians of the rounds with the extremes, and the ratios that are promised."""
+    rates = {way: [r["tokens"] / r["seconds"] / 1e6 for r in rounds] for way, rounds in results.items()}
+    cpu = {way: [r["cpu_seconds"] for r in rounds] for way, rounds in results.items()}
+    lines = [
+        "| | million tokens/s | data.prepare is | CPU seconds | its CPU seconds beside data.prepare's |",
+        "|---|---|---|---|---|",
+    ]
+    for way in results:
+        # Ratios of runs that stood next to one another, then their median: what slows one slows the other.
+        ratios = [mine / other for mine, other in zip(rates[OURS], rates[way], strict=True)]
+        by_cpu = [other / mine for mine, other in zip(cpu[OURS], cpu[way], strict=True)]
+        lines.append(
+            f"| {way} | {spread(rates[way])} | {statistics.median(ratios):.2f}× | {spread(cpu[way])} "
+            f"| {statistics.median(by_cpu):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        info = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
+    return f"{os.cpu_count()} cores of {name}, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--data", required=True, help="JSON lines with a `text` column, also .xz")
-    parser.add_argument("--megabytes", type=float, default=24.0)
+    parser.add_argument("--data", required=True, nargs="+", help="JSON lines with a `text` column, also .xz")
+    parser.add_argument("--megabytes", type=float, default=110.0, help="of text to read")
+    parser.add_argument("--copies", type=int, default=4, help="times that each text is taken, told apart")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--without_map", action="store_true", help="leave out datasets.map, the slowest")
+    parser.add_argument("--output", help="file for the table, such as benchmarks/preparation.md")
     arguments = parser.parse_args()
-    datasets.disable_progress_bars()
-    texts = read_texts(arguments.data, arguments.megabytes)
+    load = os.getloadavg()[0]
+    texts = list(read_texts(arguments.data, arguments.megabytes))
+    ways = [way for way in WAYS if not (arguments.without_map and way == MAP)]
+    results: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch)
-        parquet, tokenizer = base / "texts.parquet", base / "tokenizer"
-        pa.parquet.write_table(pa.table({"text": texts}), parquet, row_group_size=ROWS_PER_GROUP)
+        source, tokenizer = base / "texts", base / "tokenizer"
+        characters = write_parquet(texts, arguments.copies, source)
         gpt2_tokenizer().save_pretrained(tokenizer)
-        encoding = tiktoken_encoding(gpt2_tokenizer())
-        ways: dict[str, Callable[[Path], int]] = {
-            "bare tiktoken in threads, texts in memory": lambda folder: bare_tiktoken(texts, encoding),
-            "data.prepare: Parquet to verified shards": lambda folder: ours(parquet, folder, tokenizer),
-            "pool of processes to .npy (fineweb.py's scheme)": lambda folder: pool_to_npy(
-                parquet, folder, tokenizer
-            ),
-            "datasets.map(num_proc=2) + save_to_disk": lambda folder: datasets_map(
-                parquet, folder, tokenizer
-            ),
-        }
-        rates: dict[str, list[float]] = {name: [] for name in ways}
-        for round_number in range(arguments.rounds):
-            for name, way in ways.items():
-                with tempfile.TemporaryDirectory(dir=scratch) as folder:
-                    started = time.perf_counter()
-                    tokens = way(Path(folder))
-                    rates[name].append(tokens / (time.perf_counter() - started))
-            print(
-                f"round {round_number + 1}: " + ", ".join(f"{rates[n][-1] / 1e6:.2f}" for n in rates),
-                file=sys.stderr,
-            )
-        ceiling = statistics.median(rates["bare tiktoken in threads, texts in memory"])
-        print(
-            f"{len(texts):,} documents, {sum(map(len, texts)) / 1e6:.1f} million characters, "
-            f"{os.cpu_count()} cores\n"
-        )
-        print("| | million tokens/s, median | of bare tiktoken |\n|---|---|---|")
-        for name, values in rates.items():
-            rate = statistics.median(values)
-            print(f"| {name} | {rate / 1e6:.2f} | {rate / ceiling:.2f} |")
-        settings = PrepareSettings(str(parquet), str(base / "set"), tokenizer=str(tokenizer))
+        for number in range(arguments.rounds):
+            for way in ways:
+                results[way].append(measure(way, source, tokenizer))
+                last = results[way][-1]
+                print(
+                    f"round {number + 1}: {last['tokens'] / last['seconds'] / 1e6:5.2f} million tokens/s in "
+                    f"{last['seconds']:5.1f} s, {last['cpu_seconds']:5.1f} CPU s: {way}",
+                    file=sys.stderr,
+                )
+        settings = PrepareSettings(str(source), str(base / "set"), tokenizer=str(tokenizer))
         with contextlib.redirect_stdout(io.StringIO()):
             shards = prepare(settings, progress=False)
-        print(
-            f"\nLoader, blocks of {BLOCK:,} in permuted order, {MICRO_BATCH} a batch: "
-            f"{loader_rate(shards) / 1e6:,.0f} million tokens/s"
-        )
+        loader = [loader_rate(shards) / 1e6 for _ in range(arguments.rounds)]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    names = " ".join(Path(path).name for path in arguments.data)
+    report = f"""# Results of `preparation.py`
+
+| | |
+|---|---|
+| command | `python benchmarks/preparation.py --data {names} --megabytes {arguments.megabytes:g} \
+--copies {arguments.copies} --rounds {arguments.rounds}` |
+| commit | {commit.stdout.strip()}, {datetime.date.today().isoformat()} |
+| machine | {machine()}; load {load:.1f} when it began |
+| documents | {len(texts) * arguments.copies:,} of {characters / 1e6:,.0f} million characters, \
+{results[OURS][0]["tokens"] / 1e6:,.1f} million tokens, {FILES} Parquet files |
+
+Medians of {arguments.rounds} rounds (smallest–largest); every way uses two processes or threads.
+
+{table(results)}
+
+Loader, blocks of {BLOCK:,} in permuted order, {MICRO_BATCH} a batch: {spread(loader)} million tokens/s.
+"""
+    print(report)
+    if arguments.output:
+        Path(arguments.output).write_text(report, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--way"]:
+        run_one(*sys.argv[2:])
+    else:
+        main()
