@@ -82,6 +82,27 @@ def data_fingerprint(train_set: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def data_receipt(train_set: Any) -> dict[str, Any]:
+    """What the training data is, for people: empty where the dataset has no manifest that says so."""
+    manifest = getattr(train_set, "manifest", None)
+    if manifest is None:
+        return {}
+    asked = manifest.settings
+    return {
+        "source": asked.get("source"),
+        "config": asked.get("config"),
+        "tokenizer": manifest.tokenizer,
+        "vocab_size": manifest.vocab_size,
+        "tokens": manifest.tokens(),
+        "training_tokens": manifest.tokens("train"),
+        "validation_tokens": manifest.tokens("validation"),
+        "documents": manifest.documents(),
+        "duplicates_dropped": manifest.counts.get("duplicates"),
+        "contamination": manifest.contamination,
+        "manifest_sha256": manifest.sha256,
+    }
+
+
 class RunDirectory:
     """One run's folder, held until this process ends.
 
@@ -96,6 +117,7 @@ class RunDirectory:
         data_fingerprint: str,
         *,
         allow_change: bool,
+        receipt: dict[str, Any] | None = None,
     ):
         """Create the folder, or take the one of the same run up again.
 
@@ -104,8 +126,9 @@ class RunDirectory:
             it is of
                 a run with other settings or data (each named), unless `allow_change`.
         """
-        self.path = path
+        self.path, self._receipt = path, receipt or {}
         self._is_main = accelerator.is_main_process
+        self._unwritten: dict[str, str] = {}  # by file
         on_main_process(accelerator, lambda: self._open_or_explain(settings, data_fingerprint, allow_change))
 
     def _open_or_explain(self, settings: Any, data_fingerprint: str, allow_change: bool) -> None:
@@ -135,7 +158,8 @@ class RunDirectory:
                     "another --run_dir to start a new run."
                 )
         replace_file(path / SETTINGS_FILE, settings_as_yaml(settings).encode())
-        replace_file(path / DATA_FILE, json.dumps({"data_fingerprint": data_fingerprint}).encode())
+        data = {"data_fingerprint": data_fingerprint, **self._receipt}
+        replace_file(path / DATA_FILE, json.dumps(data).encode())
 
     def _take_lock(self) -> Any:
         """The kernel lets go of it when this process ends, however it ends."""
@@ -210,13 +234,24 @@ class RunDirectory:
         self._append(EVENTS_FILE, [{"event": event, "unix_time": round(time.time(), 3), **details}])
 
     def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
+        """What finds no room on the disk is kept, and written before the next lines of the same file."""
         if not self._is_main:
             return
-        text = "".join(
+        is_first_failure = not self._unwritten
+        text = self._unwritten.pop(name, "") + "".join(
             json.dumps({k: _finite(v) for k, v in line.items()}, allow_nan=False) + "\n" for line in lines
         )
-        with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(text)
+        path = self.path / name
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            if is_first_failure:
+                print(explain_write_error(error, "Metrics", self.path) + " They are kept until then.")
+            self._unwritten[name] = text
+            if path.exists():
+                os.truncate(path, size)  # a part of a line may have found room
 
 
 def _finite(value: Any) -> Any:

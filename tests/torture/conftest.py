@@ -4,9 +4,13 @@
 """
 
 import os
+from pathlib import Path
 
+import faults
 import pytest
+from promises import STEPS
 from reliability_table import BEGIN, END, TABLE
+from training_toys import write_toy_shards
 
 ROWS = pytest.StashKey[dict]()
 
@@ -37,3 +41,21 @@ def pytest_sessionfinish(session, exitstatus):
         lines += [f"| {what} | {promise} | {total} × |\n" for (what, promise), (_, total) in rows.items()]
         before, _, rest = TABLE.read_text(encoding="utf-8").partition(BEGIN)
         TABLE.write_text(before + BEGIN + "".join(lines) + END + rest.partition(END)[2], encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    faults.start_fork_server()
+    return write_toy_shards(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture
+def settings(shards, tmp_path) -> dict:
+    return {**STEPS, "shards": shards, "run_dir": tmp_path / "run"}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(shards, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert faults.run({**STEPS, "shards": shards, "run_dir": folder}).code == 0
+    return folder

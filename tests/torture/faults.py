@@ -3,6 +3,7 @@
 Runs are forked from one process that has imported everything, so that one of a toy model takes a second.
 """
 
+import errno
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +25,22 @@ from training_toys import TOY_SETTINGS, as_flags, free_port
 import train_accelerate
 import training.checkpoint
 import training.files
+import training.run_directory
+from training.checkpoint import BackgroundWriter
+from training.interruption import SECONDS_BETWEEN_LOOKS_AT_STOP_FILE
 from training.journal import Journal
 
+# What the loop calls in each phase of a run.
+PHASES = {
+    "start": "start_accelerator",
+    "accumulation": "count_targets",
+    "update": "whole",
+    "validation": "evaluate_loss",
+    "sampling": "generate_samples",
+    "checkpoint": "save_checkpoint",
+    "export": "export_model",
+}
+WRITERS: list[BackgroundWriter] = []  # of this process's run
 PROCESSES = multiprocessing.get_context("forkserver")
 
 
@@ -69,6 +85,17 @@ def run(settings: dict, *fault: object, processes: int = 1) -> Outcome:
     return Outcome(max(codes, key=abs), text)
 
 
+def run_killed_after(settings: dict, seconds: float) -> int:
+    """SIGKILL from outside, wherever the run then is; its exit code, 0 if it came to its end before."""
+    child = PROCESSES.Process(target=train, args=(settings, (), {}, os.devnull))
+    child.start()
+    child.join(seconds)
+    child.kill()
+    child.join()
+    assert child.exitcode is not None
+    return child.exitcode
+
+
 def train(settings: dict, fault: tuple, variables: dict[str, str], log: str) -> None:
     os.environ.update(variables)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -109,70 +136,107 @@ def kill_before_rename(number: int) -> None:
     Path.rename = kill  # type: ignore[method-assign]
 
 
-def kill_at_random_moment(seed: int) -> None:
-    """Killed from outside the training thread, within 30 ms of one of the first steps."""
-    randomness = random.Random(seed)
-    rate, steps_to_go = train_accelerate.learning_rate_at, randomness.randrange(6)
-    # SIGALRM kills as surely as SIGKILL where nothing catches it.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-
-    def rate_and_timer(now, settings):
-        nonlocal steps_to_go
-        if steps_to_go == 0:
-            signal.setitimer(signal.ITIMER_REAL, randomness.uniform(1e-4, 0.03))
-        steps_to_go -= 1
-        return rate(now, settings)
-
-    train_accelerate.learning_rate_at = rate_and_timer
-
-
 def at_step(step: int, work: Callable) -> None:
     """`work(state)` once, before the step that leads from `step` to `step + 1`."""
     states: list = []
-    begin, rate = Journal.__init__, train_accelerate.learning_rate_at
+    begin, take, begin_writer = Journal.__init__, train_accelerate.islice, BackgroundWriter.__init__
 
     def remember(self, accelerator, run, guard, state, *more):
         states.append(state)
         begin(self, accelerator, run, guard, state, *more)
 
-    def rate_and_work(now, settings):
-        if now == step:
+    def remember_writer(self, *arguments, **named):
+        WRITERS.append(self)
+        begin_writer(self, *arguments, **named)
+
+    def work_and_take(batches, count):
+        """Where the loop takes a step's micro-batches, it begins the step."""
+        if states[-1].step == step:
             work(states[-1])
-        return rate(now, settings)
+        return take(batches, count)
 
     Journal.__init__ = remember  # type: ignore[method-assign]
-    train_accelerate.learning_rate_at = rate_and_work
+    BackgroundWriter.__init__ = remember_writer  # type: ignore[method-assign]
+    train_accelerate.islice = work_and_take
 
 
 def signal_in(phase: str, number: int = signal.SIGTERM) -> None:
-    """A signal in the first "accumulation", "update", "validation", "sampling" or "checkpoint"."""
-    name = {
-        "accumulation": "count_targets",
-        "update": "learning_rate_at",
-        "validation": "evaluate_loss",
-        "sampling": "generate_samples",
-        "checkpoint": "save_checkpoint",
-    }[phase]
-    original, is_sent = getattr(train_accelerate, name), []
+    """A signal in the first of a phase."""
+    once_in(phase, lambda: os.kill(os.getpid(), number))
+
+
+def raise_in(phase: str) -> None:
+    """An error that nobody foresaw in the first of a phase, while a checkpoint takes its time."""
+    write = training.files.write_file
+
+    def write_slowly(path, pieces):
+        time.sleep(0.05)
+        return write(path, pieces)
+
+    def fail() -> None:
+        raise RuntimeError("nobody foresaw this")
+
+    training.checkpoint.write_file = training.files.write_file = write_slowly
+    once_in(phase, fail)
+
+
+def once_in(phase: str, work: Callable[[], None]) -> None:
+    """`work()` when the run comes to a phase for the first time."""
+    name = PHASES[phase]
+    original, is_done = getattr(train_accelerate, name), []
 
     def interrupted(*arguments, **named):
-        if not is_sent:
-            is_sent.append(True)
-            os.kill(os.getpid(), number)
+        if not is_done:
+            is_done.append(True)
+            work()
         return original(*arguments, **named)
 
     setattr(train_accelerate, name, interrupted)
 
 
 def wait_while_file_exists(step: int, flag: str) -> None:
-    """Make a file before a step, and wait until somebody removes it."""
+    """The first process makes a file before a step, and waits until somebody removes it."""
 
     def wait(state) -> None:
+        if os.environ.get("RANK", "0") != "0":
+            return
         Path(flag).touch()
         while Path(flag).exists():
             time.sleep(0.01)
 
     at_step(step, wait)
+
+
+def make_stop_file(step: int, run_dir: str) -> None:
+    """The file STOP appears before a step, and long enough after the last look at it."""
+
+    def make(state) -> None:
+        Path(run_dir, "STOP").touch()
+        time.sleep(SECONDS_BETWEEN_LOOKS_AT_STOP_FILE + 0.1)
+
+    at_step(step, make)
+
+
+def become_nobody() -> None:
+    """Give up being root, as a person without rights in a folder is not."""
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+
+
+def fill_disk(first_step: int, last_step: int, folder: str) -> None:
+    """Between these steps the disk that `folder` is on has not a byte to spare."""
+    ballast = Path(folder, "ballast")
+
+    def fill(state) -> None:
+        wait_for_writer()
+        with suppress(OSError), open(ballast, "wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+
+    at_step(first_step, fill)
+    at_step(last_step, lambda state: ballast.unlink())
 
 
 def kill_one_of_two() -> None:
@@ -183,18 +247,41 @@ def kill_one_of_two() -> None:
 
 def disk_full(first_step: int, last_step: int) -> None:
     """No file of this process can grow beyond 60 kB while the run is between these steps."""
+    at_step(first_step, lambda state: limit_files(60_000))
+    at_step(last_step, lambda state: limit_files(None))
 
-    def limit(size: int) -> Callable:
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
-        def set_limit(state) -> None:
-            time.sleep(0.5)  # what is being written in the background is to be done by then
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size if size > 0 else hard, hard))
+def no_room_for_metrics(first_step: int, last_step: int) -> None:
+    """Between these steps, the file of metrics has room for ten bytes more."""
 
-        return set_limit
+    def open_full_disk(path, mode, **more):
+        if Path(path).name != "metrics.jsonl":
+            return open(path, mode, **more)
+        with open(path, "ab") as file:
+            file.write(b'{"step": 4')
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    at_step(first_step, limit(60_000))
-    at_step(last_step, limit(-1))
+    def fill(state) -> None:
+        training.run_directory.open = open_full_disk  # type: ignore[attr-defined]
+
+    def make_room(state) -> None:
+        del training.run_directory.open  # type: ignore[attr-defined]
+
+    at_step(first_step, fill)
+    at_step(last_step, make_room)
+
+
+def limit_files(size: int | None) -> None:
+    """No file of this process can grow beyond `size` bytes; the kernel refuses as if the disk were full."""
+    wait_for_writer()
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
+
+
+def wait_for_writer() -> None:
+    """Until no checkpoint is being written in the background."""
+    while WRITERS[-1]._pending is not None and not WRITERS[-1]._pending.done():
+        time.sleep(0.01)
 
 
 def spoil_weights(step: int) -> None:
