@@ -151,7 +151,7 @@ def _start_worker(tokenizer: Path) -> None:
 
 def _encode_one(row: dict[str, str]) -> np.ndarray:
     ids = np.array([50256, *ENCODING.encode_ordinary(row["text"])])
-    assert (0 <= ids).all() and (ids < 2**16).all()
+    assert (ids >= 0).all() and (ids < 2**16).all()
     return ids.astype(np.uint16)
 
 

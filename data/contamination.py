@@ -38,15 +38,13 @@ class Ngrams:
 
     def found_in(self, texts: Iterable[str]) -> np.ndarray:
         """The keys (sorted, different) that occur in any of the texts."""
-        found = np.empty(0, np.uint64)
+        found = [np.empty(0, np.uint64)]
         for text in texts:
             words = WORD.findall(text.lower())
             ids = np.fromiter(map(self.words.get, words, itertools.repeat(UNKNOWN)), np.uint64, len(words))
             keys = _keys(ids)
-            likely = keys[self.sieve[keys >> SIEVE_SHIFT]]
-            if len(likely):
-                found = np.union1d(found, np.intersect1d(likely, self.keys))
-        return found
+            found.append(keys[self.sieve[keys >> SIEVE_SHIFT]])
+        return np.intersect1d(np.concatenate(found), self.keys)
 
 
 def _keys(ids: np.ndarray) -> np.ndarray:

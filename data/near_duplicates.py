@@ -54,7 +54,7 @@ class SignPart(MinhashDedupSignature):
         found = [np.empty(0, np.uint64)]
         for piece in split_long(text, PIECE_CHARACTERS):
             words = simplify_text(piece, self.config.norm_config).split()
-            ngrams = (" ".join(words[at : at + size]) for at in range(len(words) - size + 1))
+            ngrams = (" ".join(words[at : at + size]).encode() for at in range(len(words) - size + 1))
             found.append(np.fromiter(map(self._hash_func, ngrams), dtype=np.uint64))
         return np.concatenate(found).reshape((-1, 1))
 

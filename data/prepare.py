@@ -248,10 +248,11 @@ def _print_summary(output: Path, manifest: Manifest) -> None:
             f"{split:<12}{len(shards):>8,}{manifest.documents(split):>14,}{manifest.tokens(split):>18,}{size:>10,.1f}"
         )
     counts = manifest.counts
+    share = {name: counts[name] / counts["documents"] for name in ("duplicates", "near_duplicates")}
     print(
-        f"{counts['documents']:,} documents read, {counts['duplicates']:,} of them copies "
-        f"({counts['duplicates'] / counts['documents']:.2%}, dropped); {counts['blank']:,} blank or null "
-        "left out; "
+        f"{counts['documents']:,} documents read; dropped {counts['duplicates']:,} copies "
+        f"({share['duplicates']:.2%}) and {counts['near_duplicates']:,} nearly the same "
+        f"({share['near_duplicates']:.2%}); {counts['blank']:,} blank or null left out; "
         f"{counts['repaired']:,} with invalid UTF-8 repaired. {manifest.elapsed_seconds:,.0f} s.\n{output}"
     )
     if found := manifest.contamination:

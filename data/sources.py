@@ -8,6 +8,7 @@ alone, so that the work can be shared out and resumed, and always gives the same
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from data.readers import COMPRESSIONS, READERS, SourceError, kind_of, patiently,
 
 PYTHON_DOCS = "python-docs"
 HUB_PREFIX = "hub:"
-PART_BYTES = 512 * 2**20  # small files are read together until they fill a part
+PART_BYTES = 64 * 2**20  # small files are read together until they fill a part
 BUNDLED = Path(__file__).parent / "corpora"
 # Short names: (dataset on the Hub, its configuration unless --config names another).
 NAMED_SOURCES: dict[str, tuple[str, str | None]] = {
@@ -31,6 +32,8 @@ NAMED_SOURCES: dict[str, tuple[str, str | None]] = {
     "openwebtext": ("Skylion007/openwebtext", None),
     "tinystories": ("roneneldan/TinyStories", None),
 }
+WIKITEXT = HUB_PREFIX + NAMED_SOURCES["wikitext"][0]
+ARTICLE_HEADING = re.compile(r"\s*= [^=\s](?:.*[^=\s])? =\s*")  # = = Sections = = have more signs
 PATHS_A_REQUEST = 500  # whose sizes are asked for together
 # FineWeb's sizes as people say them.
 SIZES = {"10BT": "sample-10BT", "100BT": "sample-100BT", "350BT": "sample-350BT", "full": "default"}
@@ -124,10 +127,17 @@ def read_part(spec: SourceSpec, part: Part, counts: Counter[str] | None = None) 
     Raises:
         SourceError: naming the file, if it is damaged or lacks the text column.
     """
+    dungeons = spec.source == "dungeons"
     spec = resolved(spec)
     counts = Counter() if counts is None else counts
     for path in part.paths:
-        for text, name in _read_one(spec, path, counts):
+        rows = _read_one(spec, path, counts)
+        if dungeons:
+            titles = READERS[kind_of(path)](path, "title", Counter())
+            rows = ((f"{title}\n{text}", name) for (title, _), (text, name) in zip(titles, rows, strict=True))
+        elif spec.source == WIKITEXT:
+            rows = _articles(rows)
+        for text, name in rows:
             if text is None or not text.strip():
                 counts["blank"] += 1
                 continue
@@ -137,6 +147,25 @@ def read_part(spec: SourceSpec, part: Part, counts: Counter[str] | None = None) 
                 text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
                 counts["repaired"] += 1
             yield Document(text, name)
+
+
+def _articles(lines: Iterator[tuple[str | None, str]]) -> Iterator[tuple[str, str]]:
+    """WikiText's rows are lines; from one heading ` = Title = ` up to the next they are an article.
+
+    What a file begins with before its first heading belongs to an article of the file before.
+    """
+    article: list[str] = []
+    name = ""
+    for line, where in lines:
+        if line is not None and ARTICLE_HEADING.fullmatch(line):
+            if article:
+                yield "".join(article), name
+            article = []
+        if not article:
+            name = where
+        article.append(line or "")
+    if article:
+        yield "".join(article), name
 
 
 def _read_one(spec: SourceSpec, path: str, counts: Counter[str]) -> Iterator[tuple[str | None, str]]:
