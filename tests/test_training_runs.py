@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from training_toys import (
     ROOT,
@@ -23,30 +23,20 @@ from training_toys import (
     metrics_of,
     run_training,
     train_command,
+    train_flags_here,
+    train_here,
     write_toy_shards,
 )
 from training_toys import TOY_SETTINGS as TOY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from train_accelerate import main
+from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
 from training.checkpoint import complete_checkpoints, latest_checkpoint
 from training.export import export_model
+from training.recipe import TrainSettings, micro_batches_per_process
+from training.settings import parse_settings
 
 CONFIGS = ROOT / "accelerate_configs"
-
-
-def train_here(**settings) -> None:
-    """A run of the toy in this process."""
-    train_flags_here(as_flags({**TOY, **settings}))
-
-
-def train_flags_here(flags: list[str]) -> None:
-    """A run in this process, as if it were a new one."""
-    try:
-        main(flags)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
 
 
 def files_below(folder: Path) -> dict[str, tuple[int, int]]:
@@ -175,6 +165,26 @@ def test_a_run_stopped_after_every_step_matches_an_unbroken_run_bit_for_bit(
     assert (broken / "export" / "model.safetensors").exists()
 
 
+def test_checkpoints_are_also_taken_by_the_clock(finished, shards, tmp_path):
+    """Every step is later than the 60 nanoseconds that are asked for here."""
+    run = tmp_path / "run"
+    train_here(
+        shards=shards, run_dir=run, save_every_minutes=1e-9, save_every_steps=100, keep_last=3, max_steps=6,
+        keep_best="false", eval_every_steps=100,
+    )  # fmt: skip
+    assert list(complete_checkpoints(run)) == [4, 5, 6]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine's GPU may well have FP8")
+def test_fp8_is_refused_where_it_is_not_before_anything_is_written(shards, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train_here(shards=shards, run_dir=tmp_path / "run", mixed_precision="fp8")
+    assert caught.value.code == 1
+    text = capsys.readouterr().err
+    assert "mixed_precision=fp8 needs an NVIDIA GPU" in text and "or auto." in text
+    assert not (tmp_path / "run").exists()
+
+
 def test_smaller_micro_batches_take_the_same_steps(finished, shards, tmp_path):
     run = tmp_path / "run"
     train_here(shards=shards, run_dir=run, micro_batch_size=1)
@@ -216,11 +226,63 @@ def test_the_yaml_of_one_process_launches(shards, tmp_path, config):
     assert "The model is in" in done.stdout
 
 
-def test_every_key_of_the_launcher_files_has_a_comment():
-    for path in CONFIGS.glob("*.yaml"):
-        lines = path.read_text().splitlines()
-        assert lines[0].startswith("# "), path
-        assert sum(line.startswith("#") for line in lines) * 2 >= sum(":" in line for line in lines) / 2, path
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_key_of_a_launcher_file_has_a_comment_of_its_own(path):
+    """Right above it, in words, and not the same for two keys."""
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    keys = [number for number, line in enumerate(lines) if line and not line.startswith("#")]
+    assert len(keys) == sum(
+        1 + len(value if isinstance(value, dict) else ()) for value in read(path).values()
+    )
+    comments = [lines[number - 1].removeprefix("# ") for number in keys]
+    for number, comment in zip(keys, comments, strict=True):
+        assert lines[number - 1].startswith("# ") and len(comment.split()) >= 3, lines[number]
+    assert len(set(comments)) == len(comments)
+
+
+def read(path: Path) -> dict:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+# What the recipes of GPT-2 have in common, in the words of the GPT-2 and GPT-3 papers.
+OF_EVERY_GPT2 = {
+    "batch_tokens": 524_288,
+    "block_size": 1024,
+    "optimizer": "adamw",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+    "warmup_steps": 715,
+    "final_learning_rate_ratio": 0.1,
+    "max_steps": 19_073,
+    "eval_every_steps": 250,
+    "save_every_steps": 5000,
+    "save_every_minutes": 15.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "learning_rate", "parameters"),
+    [
+        ("gpt2_124m", 6e-4, 124_439_808),
+        ("gpt2_350m", 3e-4, 354_823_168),
+        ("gpt2_774m", 2.5e-4, 774_030_080),
+        ("gpt2_1558m", 2e-4, 1_557_611_200),
+    ],
+)
+@pytest.mark.parametrize("processes", [1, 2, 8, 16])
+def test_the_recipes_are_gpt2s_and_their_batch_divides(recipe, learning_rate, parameters, processes):
+    settings = parse_settings(TrainSettings, ["--config", str(ROOT / "recipes" / f"{recipe}.yaml")])
+    assert {name: getattr(settings, name) for name in OF_EVERY_GPT2} == OF_EVERY_GPT2
+    assert settings.learning_rate == learning_rate
+    micro_batches = micro_batches_per_process(settings, processes)
+    assert micro_batches * settings.micro_batch_size * settings.block_size * processes == 524_288
+    config = GPTScratchConfig(
+        n_layer=settings.n_layer, n_head=settings.n_head, n_embd=settings.n_embd, vocab_size=50_257
+    )
+    with torch.device("meta"):
+        assert GPTScratchForCausalLM(config).num_parameters() == parameters
 
 
 def test_a_full_disk_during_export_is_said_and_loses_nothing(copy_of_finished, shards):

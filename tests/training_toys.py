@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from accelerate.state import AcceleratorState, GradientState
+
+import train_accelerate
 from data.prepare import PrepareSettings, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +92,20 @@ def run_training(*launch: str, check: bool = True, **settings) -> subprocess.Com
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def train_here(**settings) -> None:
+    """A run of the toy in this process."""
+    train_flags_here(as_flags({**TOY_SETTINGS, **settings}))
+
+
+def train_flags_here(flags: list[str]) -> None:
+    """A run in this process, as if it were a new one."""
+    try:
+        train_accelerate.main(flags)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 def free_port() -> int:
