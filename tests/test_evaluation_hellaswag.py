@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 
 from data.hellaswag import Question, load_questions, parse_questions
 from data.tokenizer import gpt2_tokenizer
-from evaluation.continuations import Continuation, score_continuations, supports_packing
+from evaluation.continuations import Continuation, lay_out, score_continuations, supports_packing
 from evaluation.hellaswag import compare, evaluate_hellaswag, score_questions, summarize
 from modeling_gpt_scratch.convert_gpt2 import from_gpt2
 
@@ -101,11 +101,27 @@ def test_the_size_of_batches_changes_nothing(model, tokenizer, questions, accele
 def test_training_mode_compilation_and_preparation_change_nothing(
     model, tokenizer, questions, accelerator, whole
 ):
+    """Nor is anything compiled: neither by an evaluation nor by the training that goes on after it."""
+    compilations = []
+
+    def backend(graph, example_inputs):
+        compilations.append(graph)
+        return graph.forward
+
     plain = summarize(whole)
-    wrapped = torch.compile(accelerator.prepare(model).train(), backend="eager")
-    state = torch.get_rng_state()
-    assert evaluate_hellaswag(wrapped, tokenizer, questions, accelerator) == plain
-    assert model.training and torch.equal(torch.get_rng_state(), state)
+    wrapped = torch.compile(accelerator.prepare(model).train(), backend=backend)
+    step = {"input_ids": torch.arange(12).view(2, 6)}
+    with torch.no_grad():
+        wrapped(**step)
+    before = len(compilations)
+    assert before > 0
+    for _ in range(2):
+        state = torch.get_rng_state()
+        assert evaluate_hellaswag(wrapped, tokenizer, questions, accelerator) == plain
+        assert model.training and torch.equal(torch.get_rng_state(), state)
+        with torch.no_grad():
+            wrapped(**step)
+    assert len(compilations) == before
     model.eval()
 
 
@@ -183,6 +199,29 @@ def test_a_question_longer_than_the_context_loses_its_beginning_and_is_counted(
         logits = short(input_ids=torch.tensor([row[:-1]])).logits[0].log_softmax(-1)
     expected = sum(logits[len(row) - len(ending) + i - 1, token].item() for i, token in enumerate(ending))
     assert score.log_probabilities["completion"][0] == pytest.approx(expected, rel=FLOAT32_SUMS)
+
+
+def test_an_ending_longer_than_the_context_is_scored_on_what_fits(model, accelerator):
+    """Of eight scored tokens a model that sees four can predict the last four."""
+    tokens = [3, 1, 4, 1, 5, 9, 2, 6, 5]
+    for packed in (False, True):
+        (found,) = score_continuations(
+            model, [Continuation(tokens, 8)], accelerator, context=4, packed=packed
+        )
+        (expected,) = score_continuations(
+            model, [Continuation(tokens[-5:], 4)], accelerator, context=256, packed=packed
+        )
+        assert found == expected
+
+
+def test_what_endings_have_in_common_is_computed_once_and_scored_for_each(model, accelerator):
+    rows = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 9, 11], [5, 6, 7, 8, 12], [5, 6, 7, 8, 9, 10]]
+    four = [Continuation(row, len(row) - 2) for row in rows]
+    (tree,) = lay_out(four, 256, True)
+    assert tree.tokens == [5, 6, 7, 8, 9] and len(tree.targets) == 4 + 4 + 3 + 4
+    alone = score_continuations(model, four, accelerator, context=256, packed=False)
+    together = score_continuations(model, four, accelerator, context=256, packed=True)
+    assert together == pytest.approx(alone, rel=FLOAT32_SUMS) and together[0] == together[3]
 
 
 def test_a_batch_that_does_not_fit_the_memory_is_halved(model, tokenizer, questions, accelerator, whole):

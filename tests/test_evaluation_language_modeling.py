@@ -174,8 +174,8 @@ accelerator.end_training()
 """
 
 
-def run_processes(count: int) -> list[list[dict]]:
-    """What each of `count` processes printed; they talk over gloo on the loopback."""
+def run_processes(count: int, worker: str = WORKER) -> list[list[dict]]:
+    """What each of `count` processes running `worker` printed; they talk over gloo on the loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -188,7 +188,7 @@ def run_processes(count: int) -> list[list[dict]]:
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-c", WORKER], cwd=root, env=env, stdout=subprocess.PIPE, text=True
+                [sys.executable, "-c", worker], cwd=root, env=env, stdout=subprocess.PIPE, text=True
             )
         )
     outputs = [process.communicate(timeout=120)[0] for process in processes]
