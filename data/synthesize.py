@@ -1,0 +1,331 @@
+"""More rooms from a large model: `python -m data.synthesize --url http://… --model NAME --output more.jsonl`.
+
+Any OpenAI-compatible endpoint (--url) or inference provider of the Hub (--provider). Each answer is checked,
+compared with all others, and appended at once; the same command asks only for what is missing. The file goes
+straight into `finetune.py --data dungeons more.jsonl`. The key is read from an environment variable and is
+neither stored nor shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import random
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import AsyncInferenceClient, constants
+from huggingface_hub.errors import HfHubHTTPError
+
+from data.dungeon_files import BUNDLED_DUNGEONS, read_json_lines
+from data.room_requests import Request, Seen, requests, split_answer, what_is_wrong
+
+RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+LONGEST_PAUSE_SECONDS = 60.0
+# So many requests in a row that fail for good mean that the endpoint has, not the requests.
+FAILURES_THAT_END_A_RUN = 5
+TOKENS_A_WORD = 1.4  # of English prose, about, in the vocabularies of large models; for the estimate only
+
+
+class EndpointFailed(RuntimeError):
+    """The endpoint gives no more answers; the message is for whoever asked."""
+
+
+class NoAnswer(RuntimeError):
+    """One request got no answer, after all tries."""
+
+
+@dataclass
+class Tally:
+    """What a run has asked for and got. `dropped` counts answers that would not do, by reason."""
+
+    kept: int = 0
+    asked: int = 0
+    failed: int = 0
+    failed_in_a_row: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    retries: Counter[str] = field(default_factory=Counter)
+
+    def usd(self, arguments: argparse.Namespace) -> float:
+        return (
+            self.prompt_tokens * arguments.usd_per_million_in
+            + self.completion_tokens * arguments.usd_per_million_out
+        ) / 1e6
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    bundled = [room for split in sorted(BUNDLED_DUNGEONS.glob("*.jsonl")) for room in read_json_lines(split)]
+    try:
+        rooms = read_json_lines(arguments.rooms)
+        wanted = list(requests(rooms, arguments.count, arguments.seed))
+        done, texts = read_answers(arguments.output), []
+        texts = [row["description"] for row in done.values() if row.get("description")]
+        rejected = read_answers(rejected_file(arguments.output))
+    except (ValueError, OSError) as error:
+        print(f"data.synthesize: {error}", file=sys.stderr)
+        return 2
+    missing = [r for r in wanted if r.id not in done and (r.id not in rejected or arguments.retry_dropped)]
+    print(estimate(missing, len(wanted), arguments), flush=True)
+    if arguments.plan or not missing:
+        return 0
+    if arguments.url:
+        # Offline mode is about the Hub; this address was given by hand, and may well be this machine.
+        constants.HF_HUB_OFFLINE = False
+    tally = Tally()
+    problem = ""
+    try:
+        asyncio.run(ask_all(missing, Seen([*(r.description for r in bundled), *texts]), arguments, tally))
+    except EndpointFailed as error:
+        problem = str(error)
+    except KeyboardInterrupt:
+        problem = "interrupted"
+    print(summary(tally, arguments))
+    left = len(missing) - tally.kept - tally.dropped.total()
+    if left:
+        why = problem or f"{tally.failed} requests got no answer"
+        print(
+            f"data.synthesize: {why}. {tally.kept} answers of this run are kept in {arguments.output}; "
+            f"{left} are missing. The same command goes on with those.",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m data.synthesize",
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--url", help="endpoint, such as http://127.0.0.1:8000/v1")
+    where.add_argument("--provider", help="inference provider of the Hub, such as together; auto chooses one")
+    parser.add_argument("--model", required=True, help="the teacher's name there")
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines; continued if it exists")
+    parser.add_argument("--license", required=True, help="of the teacher's texts; recorded with each row")
+    parser.add_argument("--count", type=int, default=1000, help="rooms to ask for (%(default)s)")
+    parser.add_argument(
+        "--rooms", type=Path, default=BUNDLED_DUNGEONS / "train.jsonl", help="whose fields are recombined"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the grid and of sampling (%(default)s)")
+    parser.add_argument("--concurrency", type=int, default=8, help="requests at a time (%(default)s)")
+    parser.add_argument(
+        "--attempts", type=int, default=6, help="for a request, pauses doubling (%(default)s)"
+    )
+    parser.add_argument("--pause_seconds", type=float, default=1.0, help="the first pause (%(default)s)")
+    parser.add_argument("--timeout_seconds", type=float, default=120.0)
+    parser.add_argument("--max_tokens", type=int, default=320)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top_p", type=float, default=0.95)
+    parser.add_argument("--usd_per_million_in", type=float, default=0.0, help="price of a prompt's tokens")
+    parser.add_argument("--usd_per_million_out", type=float, default=0.0, help="price of an answer's tokens")
+    parser.add_argument("--key_variable", help="environment variable of the key (OPENAI_API_KEY or HF_TOKEN)")
+    parser.add_argument("--retry_dropped", action="store_true", help="ask again for what was dropped before")
+    parser.add_argument("--plan", action="store_true", help="estimate tokens and money, ask nothing")
+    arguments = parser.parse_args(argv)
+    for name in ("count", "concurrency", "attempts", "max_tokens"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if arguments.url and not arguments.url.startswith(("http://", "https://")):
+        parser.error(f"--url {arguments.url} is no http(s) address")
+    return arguments
+
+
+def read_answers(path: Path) -> dict[str, dict[str, Any]]:
+    """Rows of an output file by id. A last line that a kill cut short is removed from the file.
+
+    Raises:
+        ValueError: if another line is not a row of ours.
+    """
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        path.write_bytes(whole)
+    rows = {}
+    for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            rows[row["id"]] = row
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is no answer of an earlier run ({error}); name another"
+            ) from error
+    return rows
+
+
+def rejected_file(output: Path) -> Path:
+    return output.with_name(f"{output.stem}.dropped.jsonl")
+
+
+def estimate(missing: Sequence[Request], wanted: int, arguments: argparse.Namespace) -> str:
+    """What is about to be asked, and about what it will cost if every answer is as long as it may be."""
+    text = sum(len(message["content"].split()) for request in missing for message in request.messages)
+    tally = Tally(
+        prompt_tokens=math.ceil(text * TOKENS_A_WORD), completion_tokens=len(missing) * arguments.max_tokens
+    )
+    return (
+        f"{len(missing):,} of {wanted:,} rooms to ask {arguments.model} for: about {tally.prompt_tokens:,} "
+        f"tokens of prompts and at most {tally.completion_tokens:,} of answers, "
+        f"about ${tally.usd(arguments):,.2f}."
+    )
+
+
+def summary(tally: Tally, arguments: argparse.Namespace) -> str:
+    """What came of it."""
+    dropped = ", ".join(f"{count} {reason}" for reason, count in tally.dropped.most_common()) or "none"
+    retries = ", ".join(f"{count} {reason}" for reason, count in tally.retries.most_common()) or "none"
+    return (
+        f"{tally.kept:,} kept in {arguments.output}; dropped: {dropped}; asked again: {retries}. "
+        f"{tally.prompt_tokens:,} tokens of prompts and {tally.completion_tokens:,} of answers, "
+        f"${tally.usd(arguments):,.2f}."
+    )
+
+
+async def ask_all(
+    missing: Sequence[Request], seen: Seen, arguments: argparse.Namespace, tally: Tally
+) -> None:
+    """Ask for all, `concurrency` at a time, and write each answer down as it comes.
+
+    Raises:
+        EndpointFailed: if it refuses, or too many requests in a row get no answer; what came before is kept.
+    """
+    variable = arguments.key_variable or ("OPENAI_API_KEY" if arguments.url else "HF_TOKEN")
+    # A word that is no key, or the Hub's saved token would be sent to whatever address was given.
+    key = os.environ.get(variable) or ("no-key" if arguments.url else None)
+    where = {"base_url": arguments.url} if arguments.url else {"provider": arguments.provider}
+    client = AsyncInferenceClient(timeout=arguments.timeout_seconds, token=key, **where)  # type: ignore[arg-type]
+    waiting = iter(missing)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        open(arguments.output, "a", encoding="utf-8") as kept,
+        open(rejected_file(arguments.output), "a", encoding="utf-8") as dropped,
+    ):
+
+        async def work() -> None:
+            for request in waiting:
+                try:
+                    answer = await ask(client, request, arguments, tally)
+                except NoAnswer as error:
+                    tally.failed += 1
+                    tally.failed_in_a_row += 1
+                    if tally.failed_in_a_row >= FAILURES_THAT_END_A_RUN:
+                        raise EndpointFailed(
+                            f"{tally.failed_in_a_row} requests in a row failed: {error}"
+                        ) from error
+                    continue
+                tally.failed_in_a_row = 0
+                title, description = split_answer(answer)
+                reason = what_is_wrong(description, request.fields)
+                if not reason and seen.has(description):
+                    reason = "said before"
+                row = as_row(request, title, description, arguments)
+                if reason:
+                    tally.dropped[reason] += 1
+                    row = {"id": request.id, "reason": reason, "answer": answer}
+                else:
+                    tally.kept += 1
+                    seen.add(description)
+                file = dropped if reason else kept
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+        workers = [asyncio.ensure_future(work()) for _ in range(arguments.concurrency)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+            await client.close()
+
+
+async def ask(
+    client: AsyncInferenceClient, request: Request, arguments: argparse.Namespace, tally: Tally
+) -> str:
+    """One answer, after as many tries as it takes and `attempts` allows.
+
+    Raises:
+        EndpointFailed: if the endpoint refuses in a way that another try will not change.
+        NoAnswer: if no try succeeded.
+    """
+    pause, reason = arguments.pause_seconds, ""
+    seed = random.Random(request.id).getrandbits(31)
+    for attempt in range(arguments.attempts):
+        if attempt:
+            # Not all at once after a failure that hit all at once.
+            await asyncio.sleep(pause * random.uniform(0.8, 1.2))
+            pause = min(LONGEST_PAUSE_SECONDS, pause * 2)
+        tally.asked += 1
+        try:
+            output = await client.chat_completion(
+                request.messages,  # type: ignore[arg-type]
+                model=arguments.model,
+                max_tokens=arguments.max_tokens,
+                temperature=arguments.temperature,
+                top_p=arguments.top_p,
+                seed=seed,
+            )
+            if usage := output.usage:
+                tally.prompt_tokens += usage.prompt_tokens or 0
+                tally.completion_tokens += usage.completion_tokens or 0
+            if text := (output.choices[0].message.content or "").strip():
+                return text
+            reason = "empty answer"
+        except TimeoutError:
+            reason = f"no answer within {arguments.timeout_seconds:g} s"
+        except HfHubHTTPError as error:
+            status = error.response.status_code if error.response is not None else 0
+            reason = f"status {status}"
+            if status not in RETRIED_STATUS:
+                raise EndpointFailed(f"the endpoint refused with {reason}") from error
+            pause = max(pause, retry_after(error.response))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            reason = "malformed answer"
+        except Exception as error:  # httpx's or httpx2's, whichever huggingface_hub brought
+            if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2"):
+                raise
+            reason = f"no connection ({type(error).__name__})"
+        tally.retries[reason] += 1
+    raise NoAnswer(f"no usable answer in {arguments.attempts} attempts, the last: {reason}")
+
+
+def retry_after(response: Any) -> float:
+    """Seconds that the endpoint asks to wait, at most LONGEST_PAUSE_SECONDS; 0 for a date or nothing."""
+    try:
+        return min(LONGEST_PAUSE_SECONDS, max(0.0, float(response.headers.get("Retry-After") or 0)))
+    except ValueError:
+        return 0.0
+
+
+def as_row(request: Request, title: str, description: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A row for `finetune.py`, with where it comes from."""
+    return {
+        "id": request.id,
+        **({"title": title} if title else {}),
+        **request.fields,
+        "description": description,
+        "teacher": arguments.model,
+        "license": arguments.license,
+        "teacher_prompt": request.messages[-1]["content"],
+        "sampling": {
+            name: getattr(arguments, name) for name in ("temperature", "top_p", "max_tokens", "seed")
+        },
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
