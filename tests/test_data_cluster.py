@@ -1,71 +1,158 @@
 """Slurm and Ray run the same tasks and give the same bytes."""
 
 import os
-import stat
+import shutil
+import socket
+import subprocess
+import time
 
 import pytest
 
 from data.prepare import main
+from data.shards import read_manifest
 from tests.test_data_resilience import hashes, run, tokenizer_folder, write_files
 
 __all__ = ["tokenizer_folder"]  # a fixture
+PATH = f"{os.environ['PATH']}:/usr/sbin"  # where Debian has the daemons
 
-SBATCH = r"""#!/bin/bash
-# Stands in for Slurm's own: runs every task of the array here, one by one, and prints a job id.
-script="${@: -1}"
-export SLURM_NODELIST=localhost SLURM_JOB_ID=7 RUN_OFFSET=0
-last=$(sed -n 's/^#SBATCH --array=0-\([0-9]*\).*/\1/p' "$script")
-for task in $(seq 0 "${last:--1}"); do
-  SLURM_ARRAY_TASK_ID="$task" bash "$script" >> "$SLURM_LOG" 2>&1
-done
-echo "Submitted batch job 7"
+SLURM_CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmdPort={next_port}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0
+ReturnToService=2
+MailProg=/bin/true
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=8000 State=UNKNOWN
+PartitionName=cpu Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
-SRUN = """#!/bin/sh
-while [ "${1#-}" != "$1" ]; do [ "$1" = "-n" ] && shift; shift; done
-exec "$@"
-"""
-SQUEUE = """#!/bin/sh
-exit 0
-"""
-SCONTROL = """#!/bin/sh
-echo localhost
-"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A Slurm of one machine with two cores, from Debian's packages; yields the environment of its users."""
+    missing = [
+        name
+        for name in ("munged", "slurmctld", "slurmd", "sbatch", "srun")
+        if not shutil.which(name, path=PATH)
+    ]
+    if missing:
+        pytest.skip(f"no {', '.join(missing)} here; on Debian: apt-get install slurm-wlm munge")
+    if os.geteuid() != 0:
+        pytest.skip("slurmd starts jobs as their users, which takes root")
+    folder = tmp_path / "slurm"
+    for name in ("state", "spool"):
+        (folder / name).mkdir(parents=True)
+    folder.chmod(0o755)  # munge's socket stands here, and wants a folder that others may look into
+    with socket.socket() as taken, socket.socket() as also_taken:
+        taken.bind(("127.0.0.1", 0))
+        also_taken.bind(("127.0.0.1", 0))
+        port, next_port = taken.getsockname()[1], also_taken.getsockname()[1]
+    host = socket.gethostname().split(".")[0]
+    configuration = folder / "slurm.conf"
+    configuration.write_text(SLURM_CONF.format(host=host, port=port, next_port=next_port, folder=folder))
+    (folder / "munge.key").write_bytes(os.urandom(1024))
+    (folder / "munge.key").chmod(0o600)
+    environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(configuration)}
+    munge = ["munged", "--foreground", "--force", f"--key-file={folder}/munge.key"]
+    munge += [f"--socket={folder}/munge.socket", f"--pid-file={folder}/munge.pid"]
+    munge += [f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed"]
+    daemons = []
+    try:
+        for command in (munge, ["slurmctld", "-D"], ["slurmd", "-D", "-N", host]):
+            with open(folder / f"{command[0]}.start.log", "wb") as log:
+                daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            time.sleep(1)
+        for _ in range(60):
+            state = subprocess.run(
+                ["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True
+            )
+            if state.stdout.strip() == "idle":
+                break
+            time.sleep(1)
+        else:
+            logs = "\n".join(path.read_text(errors="replace")[-2000:] for path in folder.glob("*.log"))
+            raise AssertionError(f"Slurm did not come up: {state.stdout}{state.stderr}\n{logs}")
+        yield environment
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+        for daemon in daemons:
+            daemon.wait(timeout=60)
 
 
 @pytest.mark.slow
-def test_a_slurm_array_job_encodes_and_the_same_command_finishes(tmp_path, tokenizer_folder):
-    """Slurm's programs are played by shell scripts; the job script, its environment and its tasks are
-    real.
-    """
+def test_slurm_encodes_and_the_same_command_finishes(tmp_path, tokenizer_folder, slurm):
+    """Near duplicates too: three jobs that depend on one another, before the encoding."""
     source = write_files(tmp_path / "source", files=2)
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, content in {"sbatch": SBATCH, "srun": SRUN, "squeue": SQUEUE, "scontrol": SCONTROL}.items():
-        (programs / name).write_text(content)
-        (programs / name).chmod(stat.S_IRWXU)
-    environment = {
-        **os.environ,
-        "PATH": f"{programs}:{os.environ['PATH']}",
-        "SLURM_LOG": str(tmp_path / "slurm.log"),
-    }
+    flags = ("--executor", "slurm", "--slurm_partition", "cpu", "--near_deduplicate")
+    arguments = (source, tmp_path / "out", tokenizer_folder, *flags)
+    submitted = run(*arguments, env=slurm)
+    assert submitted.returncode == 0, submitted.stderr
+    assert "was submitted for 2 parts" in submitted.stdout
+    at_work = run(*arguments, env=slurm)
+    assert "is at work: " in at_work.stdout, at_work.stdout + at_work.stderr
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    _wait_for_empty_queue(slurm)
+    finished = run(*arguments, env=slurm)
+    logs = [path.read_text()[-1500:] for path in (tmp_path / "out").rglob("*.out")]
+    assert finished.returncode == 0, finished.stderr + "\n".join(logs)
+    here = run(source, tmp_path / "local", tokenizer_folder, "--near_deduplicate")
+    assert here.returncode == 0, here.stderr
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "local")
+    assert read_manifest(tmp_path / "out").counts["near_duplicates"] > 0
+
+
+@pytest.mark.slow
+def test_a_task_that_fails_on_slurm_is_tried_again_by_the_same_command(tmp_path, tokenizer_folder, slurm):
+    source = write_files(tmp_path / "source", files=2, documents=20)
+    whole = (source / "1.jsonl").read_bytes()
+    (source / "1.jsonl").write_bytes(whole[:-10] + b" " * 10)  # the size is what the run goes by
     arguments = (
         source,
-        tmp_path / "slurm",
+        tmp_path / "out",
         tokenizer_folder,
         "--executor",
         "slurm",
         "--slurm_partition",
         "cpu",
     )
-    submitted = run(*arguments, env=environment)
-    assert submitted.returncode == 0, submitted.stderr
-    assert "Slurm job 7 was submitted for 2 parts" in submitted.stdout
-    assert not (tmp_path / "slurm" / "manifest.json").exists()
-    finished = run(*arguments, env=environment)
-    assert finished.returncode == 0, finished.stderr + (tmp_path / "slurm.log").read_text()
-    here = run(source, tmp_path / "local", tokenizer_folder)
-    assert here.returncode == 0, here.stderr
-    assert hashes(tmp_path / "slurm") == hashes(tmp_path / "local")
+    assert "submitted for 2 parts" in run(*arguments, env=slurm).stdout
+    _wait_for_empty_queue(slurm)
+    assert sorted(path.name for path in (tmp_path / "out" / ".work" / "parts").glob("?????")) == ["00000"]
+    (source / "1.jsonl").write_bytes(whole)
+    assert "submitted for 1 parts" in run(*arguments, env=slurm).stdout
+    _wait_for_empty_queue(slurm)
+    finished = run(*arguments, env=slurm)
+    assert finished.returncode == 0, finished.stderr
+    assert read_manifest(tmp_path / "out").counts["documents"] == 40
+
+
+def _wait_for_empty_queue(environment):
+    for _ in range(200):
+        queue = subprocess.run(["squeue", "-h"], env=environment, capture_output=True, text=True, check=True)
+        if not queue.stdout.strip():
+            return
+        time.sleep(1)
+    raise AssertionError(f"still in the queue: {queue.stdout}")
 
 
 def test_slurm_needs_a_partition_and_a_program(tmp_path, tokenizer_folder, capsys):

@@ -17,8 +17,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from data.prepare import PrepareSettings, prepare
+from data.progress import Clock
 from data.shards import TokenBlocks, read_manifest, read_shard_documents
-from data.tokenizer import train_tokenizer
+from data.tokenizer import gpt2_tokenizer, train_tokenizer
 from tests.test_data_tokenizer import PROSE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -257,11 +259,195 @@ def test_two_processes_on_one_output_cannot_both_write(tmp_path, tokenizer_folde
     assert TokenBlocks(tmp_path / "out", 64, check_hashes=True)[0]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_no_permission_to_write_is_one_line(tmp_path, tokenizer_folder):
+    """Root may write anywhere, unless it gives up the capability to."""
     source = write_files(tmp_path / "source", files=1, documents=10)
     (tmp_path / "locked").mkdir(mode=0o500)
-    done = run(source, tmp_path / "locked" / "out", tokenizer_folder)
+    prefix = []
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("no setpriv here (Debian: util-linux), and root may write anywhere")
+        prefix = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
+    arguments = command(source, tmp_path / "locked" / "out", tokenizer_folder)
+    done = subprocess.run([*prefix, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "Permission denied" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+SMALL_DISK = r"""
+set -e
+mount -t tmpfs -o size=3m tmpfs "$DISK"
+dd if=/dev/zero of="$DISK/other people's files" bs=1k count="$TAKEN" status=none
+set +e
+"$@" 2> "$LOGS/full.txt"
+echo $? > "$LOGS/full.code"
+ls "$DISK"/out/*.arrow "$DISK/out/manifest.json" > "$LOGS/full.files" 2>&1
+rm "$DISK/other people's files"
+"$@" 2> "$LOGS/room.txt"
+echo $? > "$LOGS/room.code"
+cp -r "$DISK/out" "$LOGS/out"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("taken", [2500, 1800], ids=["encoding", "shards"])
+def test_a_disk_that_is_really_full_ends_the_run_with_arithmetic_and_room_is_all_it_needs(
+    tmp_path, tokenizer_folder, taken
+):
+    """A disk of three megabytes in a mount namespace of its own, full in the middle of a part, or of the
+    shards.
+    """
+    unshare = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])]
+    (tmp_path / "disk").mkdir()
+    trial = [*unshare, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path / "disk")]
+    if not shutil.which("unshare") or subprocess.run(trial, capture_output=True).returncode:
+        pytest.skip("this machine does not let us mount a small disk of our own")
+    source = write_files(tmp_path / "source", files=2, documents=1500)
+    here = run(source, tmp_path / "here", tokenizer_folder)
+    assert here.returncode == 0, here.stderr
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    environment = {**os.environ, "DISK": str(tmp_path / "disk"), "LOGS": str(logs), "TAKEN": str(taken)}
+    arguments = command(source, tmp_path / "disk" / "out", tokenizer_folder, "--workers", "1")
+    shell = [*unshare, "bash", "-c", SMALL_DISK, "bash", *arguments]
+    done = subprocess.run(shell, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    full = (logs / "full.txt").read_text()
+    assert (logs / "full.code").read_text() == "1\n", full
+    assert "MB are free" in full
+    assert "run the same command again" in full.replace("\n", " ")
+    assert "Traceback" not in full
+    assert (logs / "full.files").read_text().count("No such file") == 2
+    assert (logs / "room.code").read_text() == "0\n", (logs / "room.txt").read_text()
+    assert hashes(logs / "out") == hashes(tmp_path / "here")
+
+
+def peak_memory_of_family(process):
+    """The largest resident set, in bytes, that any process of the run ever had; seen while it runs."""
+    peaks = {}
+    while process.poll() is None:
+        for member in (psutil.Process(process.pid), *children_of(process.pid)):
+            try:
+                status = Path(f"/proc/{member.pid}/status").read_text()
+                peaks[member.pid] = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+            except (OSError, IndexError):
+                continue
+        time.sleep(0.05)
+    return max(peaks.values())
+
+
+def children_of(pid):
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+def test_a_document_of_50_megabytes_goes_through_and_no_process_takes_a_gigabyte(tmp_path):
+    gpt2_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "source").mkdir()
+    generator = random.Random(0)
+    words = " ".join(PROSE[:3]).split()
+    block = " ".join(generator.choices(words, k=170_000))  # about a megabyte
+    enormous = "\n".join(f"{number} {block}" for number in range(50))
+    assert len(enormous) > 45_000_000
+    (tmp_path / "source" / "0.jsonl").write_text(json.dumps({"text": enormous}) + "\n")
+    with open(tmp_path / "source" / "1.jsonl", "w") as file:
+        for number in range(2000):
+            start = generator.randrange(900_000)
+            file.write(json.dumps({"text": f"{number} {block[start : start + 10_000]}"}) + "\n")
+    process = subprocess.Popen(
+        command(tmp_path / "source", tmp_path / "out", str(tmp_path / "tokenizer"), "--workers", "2"),
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    peak = peak_memory_of_family(process)
+    assert process.wait() == 0, process.stderr.read()
+    assert peak < 1e9
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.counts["documents"] == 2001
+    longest = max(
+        (ids for entry in manifest.shards for ids in read_shard_documents(tmp_path / "out" / entry.file)),
+        key=len,
+    )
+    tokenizer = gpt2_tokenizer()
+    assert (
+        tokenizer.decode(longest[:20_000].astype(int)) == enormous[: len(tokenizer.decode(longest[:20_000]))]
+    )
+    assert tokenizer.decode(longest[-1000:-1]) == enormous[-len(tokenizer.decode(longest[-1000:-1])) :]
+
+
+SELECT = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+import data.selection
+from data.parts import ROW
+
+data.selection.ROWS_AT_ONCE = data.selection.DROPPED_AT_ONCE = 2**16
+folder, parts = Path(sys.argv[1]), int(sys.argv[2])
+generator = np.random.default_rng(0)
+for part in range(parts):
+    rows = np.empty(2**17, ROW)
+    rows["key"] = generator.integers(0, 2**64, len(rows), dtype=np.uint64)
+    rows["key"][::20] = rows["key"][0]  # a page that stands everywhere
+    rows["tokens"] = 100
+    (folder / f"{part}").mkdir(parents=True)
+    rows.tofile(folder / f"{part}" / "rows.bin")
+paths = [folder / f"{part}" for part in range(parts)]
+selection = data.selection.select_documents(
+    paths, folder / "selection", deduplicate=True, validation_tokens=10**6, limit_tokens=None
+)
+kept = 0
+for part in range(parts):
+    for first in selection.firsts(part):
+        kept += int((selection.rows(part, first)[1] != data.selection.DROPPED).sum())
+assert kept == selection.documents - selection.duplicates
+print(selection.documents, selection.duplicates, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_choosing_among_eight_times_the_documents_takes_the_same_memory(tmp_path):
+    """It once took some 50 bytes a document: 180 MB more for the larger of the two."""
+    peaks = []
+    for parts in (4, 32):
+        arguments = [sys.executable, "-c", SELECT, str(tmp_path / f"{parts}"), str(parts)]
+        done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        documents, duplicates, peak = map(int, done.stdout.split())
+        assert documents == parts * 2**17
+        assert duplicates == parts * len(range(0, 2**17, 20)) - parts
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] < 20e6
+
+
+def test_the_receipts_time_is_that_of_all_runs_together(tmp_path, tokenizer_folder):
+    """A file in the way of the shards' receipts stands for whatever ended the first run."""
+    source = write_files(tmp_path / "source", files=1, documents=50)
+    settings = PrepareSettings(str(source), str(tmp_path / "out"), tokenizer=tokenizer_folder)
+    obstacle = tmp_path / "out" / ".work" / "shards"
+    obstacle.parent.mkdir(parents=True)
+    obstacle.write_text("")
+    started = time.monotonic()
+    with pytest.raises(OSError):
+        prepare(settings, progress=False)
+    first = time.monotonic() - started
+    obstacle.unlink()
+    (obstacle.parent / "elapsed_seconds").write_text(f"{1000 + first:.1f}")  # as after a long first run
+    folder = prepare(settings, progress=False)
+    seconds = read_manifest(folder).elapsed_seconds
+    assert 1000 + first < seconds <= 1000 + time.monotonic() - started + 0.2
+
+
+def test_a_killed_runs_time_is_noted_while_it_works(tmp_path):
+    with Clock(tmp_path / "seconds"):
+        while not (tmp_path / "seconds").exists():
+            time.sleep(0.01)
+        noted = float((tmp_path / "seconds").read_text())
+        assert noted > 0.5
+        assert noted <= Clock(tmp_path / "seconds").seconds
