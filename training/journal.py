@@ -19,6 +19,7 @@ from training.checkpoint import TrainState
 from training.guard import SpikeWatch, StepGuard
 from training.memory import peak_memory
 from training.recipe import TrainSettings, describe_batch
+from training.report import write_page
 from training.run_directory import RunDirectory
 from training.settings import SettingsError, plain_settings
 from training.throughput import Machine, Progress, Stopwatch, in_words
@@ -214,6 +215,7 @@ class Journal:
             {name: value for name, value in line.items() if name not in ("step", "tokens")}, state.step
         )
         self.say(f"step {state.step:,}: {text}")
+        self._write_page()
 
     def hellaswag(self, state: TrainState, accuracy: float, questions: int) -> None:
         """The part of `questions` answered rightly, lm-evaluation-harness's `acc_norm`."""
@@ -257,6 +259,16 @@ class Journal:
         seconds = {activity: round(spent, 3) for activity, spent in self._seconds.items()}
         memory = peak_memory(self._accelerator.device)
         self.event(event, step=state.step, reason=reason, seconds=seconds, peak_memory_bytes=memory)
+        self._write_page()
+
+    def _write_page(self) -> None:
+        """Bring report.html up to date. A page that cannot be written is no reason to stop."""
+        if not self._accelerator.is_main_process or self._settings.plan:
+            return
+        try:
+            write_page(self._run.path)
+        except (OSError, ValueError) as error:
+            self.say(f"The page of the run was not written: {error}")
 
     def event(self, event: str, **details: Any) -> None:
         """See `RunDirectory.append_event`."""

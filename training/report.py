@@ -1,57 +1,54 @@
-"""A picture of what happened: `python -m training.report RUN [RUN …]` draws losses of runs side by side."""
+"""What happened in a run, as a page and a picture: `python -m training.report RUN [RUN …]`."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-METRICS_FILE = "metrics.jsonl"
+from training.files import replace_file
+from training.page import comparison_page, run_page
+from training.record import read_run
+
 PICTURE_FILE = "loss.png"
+PAGE_FILE = "report.html"
+COMPARISON_FILE = "comparison.html"
 # The grey line is a mean over this part of the run, or single steps would hide the course.
 SMOOTHING_PART = 0.02
 
 
-def read_metrics(run_dir: Path | str) -> list[dict]:
-    """The lines of a run's metrics, in order. A last line cut short by a kill is left out.
+def write_page(run_dir: Path | str) -> Path:
+    """Write RUN/report.html in one motion; a browser that has it open reads the old or the new one.
 
     Raises:
-        ValueError: there is no such file, it holds no metrics, or a line before the last is damaged.
+        ValueError: as `read_run`. OSError: if it cannot be written.
     """
-    path = Path(run_dir, METRICS_FILE)
-    if not path.exists():
-        raise ValueError(
-            f"{run_dir} has no {METRICS_FILE}; give the folder of a run, such as artifacts/runs/demo"
-        )
-    lines = path.read_text(encoding="utf-8").splitlines()
-    metrics = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number} is not JSON ({error}); remove the line") from error
-    if not metrics:
-        raise ValueError(f"{path} is empty: no step has been logged yet")
-    return metrics
+    page = Path(run_dir, PAGE_FILE)
+    replace_file(page, run_page(read_run(run_dir)).encode())
+    return page
+
+
+def write_comparison(run_dirs: Sequence[Path | str], page: Path) -> Path:
+    """Several runs on one page. Errors as `write_page`."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(page, comparison_page([read_run(run_dir) for run_dir in run_dirs]).encode())
+    return page
 
 
 def draw_losses(run_dirs: Sequence[Path | str], picture: Path | str) -> Path:
     """Training and validation loss in nats per token over tokens seen, one colour a run, as a PNG.
 
     Raises:
-        ValueError: as `read_metrics`.
+        ValueError: as `read_run`.
     """
-    runs = {str(run_dir): read_metrics(run_dir) for run_dir in run_dirs}
+    runs = {str(run_dir): read_run(run_dir) for run_dir in run_dirs}
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.2), dpi=140, layout="constrained")
-    for colour, (name, metrics) in enumerate(runs.items()):
-        trained = [line for line in metrics if line.get("loss") is not None]
-        validated = [line for line in metrics if line.get("validation_loss") is not None]
+    for colour, (name, run) in enumerate(runs.items()):
+        trained, validated = run.with_number("loss"), run.with_number("validation_loss")
         window = max(1, int(SMOOTHING_PART * len(trained)))
         losses = [line["loss"] for line in trained]
         smooth = [
@@ -66,14 +63,15 @@ def draw_losses(run_dirs: Sequence[Path | str], picture: Path | str) -> Path:
             alpha=0.45,
             label=f"{label}, training",
         )
-        axes.plot(
-            [line["tokens"] for line in validated],
-            [line["validation_loss"] for line in validated],
-            color=f"C{colour}",
-            marker="o",
-            markersize=4,
-            label=f"{label}, validation",
-        )
+        if validated:
+            axes.plot(
+                [line["tokens"] for line in validated],
+                [line["validation_loss"] for line in validated],
+                color=f"C{colour}",
+                marker="o",
+                markersize=4,
+                label=f"{label}, validation",
+            )
     axes.set_xlabel("tokens seen")
     axes.set_ylabel("loss (nats/token)")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M")
@@ -88,12 +86,22 @@ def draw_losses(run_dirs: Sequence[Path | str], picture: Path | str) -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
-    parser.add_argument("--output", help=f"the picture's file; {PICTURE_FILE} in the first run if not given")
+    parser.add_argument(
+        "--output",
+        help=f"the picture's file, and the comparison's beside it; {PICTURE_FILE} in the first run",
+    )
     arguments = parser.parse_args(argv)
+    first = Path(arguments.runs[0])
     try:
-        print(draw_losses(arguments.runs, arguments.output or Path(arguments.runs[0], PICTURE_FILE)))
-    except ValueError as error:
+        picture = draw_losses(arguments.runs, arguments.output or first / PICTURE_FILE)
+        if len(arguments.runs) == 1:
+            page = write_page(first)
+        else:
+            beside = picture.with_suffix(".html") if arguments.output else first / COMPARISON_FILE
+            page = write_comparison(arguments.runs, beside)
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    print(f"{picture}\n{page}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from training.checkpoint import TrainState, checkpoint_to_resume, latest_checkpo
 from training.export import how_to_load, pretrained_companions
 from training.optimizer import build_optimizer
 from training.recipe import TrainSettings, check_prompts
-from training.run_directory import RunDirectory, data_fingerprint, on_main_process
+from training.run_directory import RunDirectory, data_fingerprint, data_receipt, on_main_process
 from training.settings import settings_as_yaml
 
 
@@ -33,7 +33,14 @@ def open_run(
     check_prompts(tokenizer, settings, model.config)
     run_dir = Path(settings.run_dir)
     fingerprint = data_fingerprint(train_set)
-    run = RunDirectory(accelerator, run_dir, settings, fingerprint, allow_change=settings.allow_change)
+    run = RunDirectory(
+        accelerator,
+        run_dir,
+        settings,
+        fingerprint,
+        allow_change=settings.allow_change,
+        receipt=data_receipt(train_set),
+    )
     on_main_process(accelerator, lambda: checkpoint_to_resume(run_dir, warn=print))  # sets damaged ones aside
     resumed_from = latest_checkpoint(run_dir)
 
