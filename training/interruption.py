@@ -16,8 +16,6 @@ STOP_FILE = "STOP"
 SECONDS_BETWEEN_LOOKS_AT_STOP_FILE = 1.0
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
-# The launcher of several processes, torchrun, hands them a Ctrl-C that the terminal has already sent them.
-SIGINTS_OF_A_CTRL_C_BELOW_TORCHRUN = 2
 CODE_AFTER_CTRL_C = 128 + signal.SIGINT  # as shells say it
 # What one process may have seen, in order of importance: the largest number any of them saw counts.
 REASONS = (
@@ -59,7 +57,7 @@ class Interruptions:
         self._save_every_seconds = save_every_minutes * 60 or float("inf")
         self._last_save = self._last_look = time.monotonic()
         self._signal: int | None = None
-        self._sigints_left = SIGINTS_OF_A_CTRL_C_BELOW_TORCHRUN if "TORCHELASTIC_RUN_ID" in os.environ else 1
+        self._is_interrupted = False
         # Only a launcher stays to wait for us: a shell that is closed is no reason to stop.
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
         self._previous: dict[int, object] = {}
@@ -75,16 +73,16 @@ class Interruptions:
 
     def __exit__(self, *_: object) -> None:
         if self._signal is not None:
-            return  # the process is ending, and the launcher's copy of a Ctrl-C may yet come
+            return  # the process is ending, and a launcher may pass on the signal that it has got already
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            if self._sigints_left == 0:
+            if self._is_interrupted:
                 _write_now(b"\nCtrl-C again: stopping at once, without a checkpoint.\n")
                 raise SystemExit(CODE_AFTER_CTRL_C)
-            self._sigints_left -= 1
+            self._is_interrupted = True
             if self._signal is None and self._accelerator.is_main_process:
                 _write_now(b"\nCtrl-C: this step will be finished and saved. Again: stop at once.\n")
         self._signal = self._signal or number

@@ -3,12 +3,12 @@
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
+import faults
 import psutil
 import pytest
-from faults import run
+from faults import PROCESSES, run
 from promises import SAME, assert_like, finish, wait_until
 from training_toys import ROOT, environment, free_port, train_command
 
@@ -22,7 +22,7 @@ CONFIGS = ROOT / "accelerate_configs"
 class Launched:
     """A run below `accelerate launch`, in a process group of its own as a terminal makes it.
 
-    It is in the middle of its sixth step until `go_on`.
+    Its sixth step waits until `flag` is removed.
     """
 
     def __init__(self, settings: dict, config: str, *more: str):
@@ -44,31 +44,27 @@ class Launched:
     def is_waiting(self) -> bool:
         """Whether the sixth step has begun."""
         assert self.launcher.poll() is None, self.text()
+        self.processes = psutil.Process(self.launcher.pid).children(recursive=True)
         return self.flag.exists()
 
     def text(self) -> str:
         return self.log.read_text()
 
     def press_ctrl_c(self) -> None:
-        """As a terminal does: to the launcher and all that it started."""
+        """As a terminal does: to the launcher, and to what it started in its own session."""
         os.killpg(self.launcher.pid, signal.SIGINT)
 
     def wait(self) -> None:
-        """Until the launcher and all that it started are gone."""
-        self.launcher.wait(120)
-        wait_until(lambda: not members_of(self.launcher.pid), self.text)
+        """Until all that the launcher had started when it was last looked at is gone."""
+        wait_until(lambda: not any(map(is_alive, self.processes)), self.text)
 
 
-def members_of(group: int) -> list[int]:
-    """Process ids of a process group; those that only wait to be counted as ended left out."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            continue  # ended while we looked
-    return found
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process has not ended; one without a parent that takes note of its end has."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.fault(
@@ -83,26 +79,27 @@ def test_ctrl_c_below_the_launcher(undisturbed, settings):
     wait_until(lambda: "this step will be finished and saved" in launched.text(), launched.text)
     launched.flag.unlink()
     launched.wait()
+    launched.launcher.wait(120)
     assert "Stopped after step 6: a signal asked for it. The same command goes on" in launched.text()
     assert "Going on from step 6" in finish(settings).text
     assert_like(undisturbed, settings)
 
 
 @pytest.mark.fault(
-    "Ctrl-C below `accelerate launch`, two processes, which get it from the terminal and from the launcher",
+    "Ctrl-C below `accelerate launch`, two processes",
     f"the step is finished and saved, a line says how to go on; {SAME}",
 )
-def test_ctrl_c_that_arrives_twice(settings, tmp_path):
-    """torchrun passes on what the terminal has already sent: that once counted as a second Ctrl-C."""
+def test_ctrl_c_below_the_launcher_of_two_processes(settings, tmp_path):
+    """They are in sessions of their own, and get it from the launcher, which waits for them."""
     reference = {**settings, "run_dir": tmp_path / "reference"}
     assert run(reference, processes=2).code == 0
     launched = Launched(settings, "ddp", "--num_processes", "2", "--main_process_port", str(free_port()))
     wait_until(launched.is_waiting, launched.text)
     launched.press_ctrl_c()
-    # The launcher says when it passes the signal on; it sends it within the same breath.
-    wait_until(lambda: launched.text().count("closing signal SIGINT") == 2, launched.text)
+    wait_until(lambda: "this step will be finished and saved" in launched.text(), launched.text)
     launched.flag.unlink()
     launched.wait()
+    launched.launcher.wait(120)
     assert launched.text().count("Stopped after step 6: a signal asked for it.") == 1, launched.text()
     assert "Going on from step 6" in finish(settings, processes=2).text
     assert_like(reference["run_dir"], settings)
@@ -114,16 +111,15 @@ def test_ctrl_c_that_arrives_twice(settings, tmp_path):
 def test_a_second_ctrl_c_stops_at_once(undisturbed, settings, tmp_path):
     """Without a launcher, whose Ctrl-C leaves no exit code of ours to look at."""
     flag, log = tmp_path / "waiting", tmp_path / "log"
-    script = str(ROOT / "tests" / "torture" / "waiting_step.py")
-    command = [sys.executable, script, *train_command(**settings)[2:]]
-    variables = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "WAIT_WHILE": str(flag)}
-    with open(log, "w") as file:
-        process = subprocess.Popen(command, env={**environment(), **variables}, stdout=file, stderr=file)
-    wait_until(lambda: flag.exists() or process.poll() is not None, log.read_text)
-    process.send_signal(signal.SIGINT)
+    fault = (faults.wait_while_file_exists, 5, str(flag))
+    process = PROCESSES.Process(target=faults.train, args=(settings, fault, {}, str(log)))
+    process.start()
+    wait_until(lambda: flag.exists() or not process.is_alive(), log.read_text)
+    os.kill(process.pid, signal.SIGINT)
     wait_until(lambda: "Again: stop at once" in log.read_text(), log.read_text)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(120) == 130, log.read_text()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(120)
+    assert process.exitcode == 130, log.read_text()
     assert "without a checkpoint" in log.read_text() and "Traceback" not in log.read_text()
     assert list(complete_checkpoints(settings["run_dir"])) == [3]
     finish(settings)
@@ -153,16 +149,14 @@ def test_a_launcher_is_killed(settings, tmp_path):
         for rank in ("0", "1")
     ]
     wait_until(machines[0].is_waiting, machines[0].text)
+    assert machines[1].is_waiting()
     machines[1].launcher.kill()
     machines[1].launcher.wait()
     machines[0].flag.unlink()
-    # The other launcher waits for the lost one for minutes; the processes that trained do not.
-    own = machines[0].launcher.pid
-    wait_until(
-        lambda: members_of(own) == [own] and not members_of(machines[1].launcher.pid), machines[0].text
-    )
-    machines[0].launcher.kill()
-    machines[0].wait()
+    for machine in machines:
+        machine.wait()
+    machines[0].launcher.kill()  # it would wait for the lost one for minutes
+    machines[0].launcher.wait()
     assert "Stopped after step 6: its launcher has gone." in machines[0].text()
     assert "Going on from step 6" in finish(settings, processes=2).text
     assert_like(reference["run_dir"], settings)
