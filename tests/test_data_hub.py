@@ -100,6 +100,8 @@ def test_a_hub_dataset_gives_the_shards_of_its_files_whatever_the_server_goes_th
     assert TokenBlocks(tmp_path / "out", 64, check_hashes=True)[0]
     manifest = read_manifest(tmp_path / "out")
     assert manifest.counts["documents"] == 1200
+    assert manifest.contamination is None
+    assert "will not be compared with HellaSwag's questions" in done.stdout
     assert not any("data/other" in path and method == "GET" for method, path, _ in hub.served)
 
 
@@ -150,6 +152,73 @@ def test_a_set_goes_to_the_hub_and_comes_back_whole(tmp_path, local):
     assert damaged.returncode == 1
     assert "train-00000.arrow" in damaged.stderr
     assert not (tmp_path / "bad").exists()
+
+
+PUSH_AND_TAKE = """
+import sys
+from data.prepare import main
+
+if __name__ == "__main__":
+    output, back = sys.argv[1:]
+    assert main(["--output", output, "--push_to_hub", "user/shards"]) == 0
+    assert main(["--source", "hub:user/shards", "--output", back]) == 0
+"""
+
+
+def test_a_set_is_pushed_and_taken_back(tmp_path, local):
+    with HubServer({}) as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", PUSH_AND_TAKE, local, tmp_path / "back"],
+            cwd=REPOSITORY,
+            env={**environment(hub, tmp_path), "HF_TOKEN": "hf_loopback"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stderr + "\n".join(map(str, hub.served))
+    assert hashes(tmp_path / "back") == hashes(local)
+    assert TokenBlocks(tmp_path / "back", 64, check_hashes=True)[0]
+
+
+def wikitext_file(first):
+    rows = [
+        row for n in range(first, first + 40) for row in ("", f" = Room {n} = \n", f" It has {n} doors . \n")
+    ]
+    buffer = io.BytesIO()
+    pa.parquet.write_table(pa.table({"text": rows}), buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.slow
+def test_wikitext_comes_from_the_hub_as_articles_and_is_compared_with_hellaswag(tmp_path, tokenizer_folder):
+    card = b"""---
+configs:
+- config_name: wikitext-103-raw-v1
+  data_files:
+  - split: train
+    path: wikitext-103-raw-v1/train-*
+---
+"""
+    files = {"README.md": card}
+    files |= {f"wikitext-103-raw-v1/train-0000{n}-of-00002.parquet": wikitext_file(40 * n) for n in range(2)}
+    question = {
+        "ctx_a": "It is dark.",
+        "ctx_b": "",
+        "ctx": "It is dark.",
+        "activity_label": "x",
+        "label": "0",
+    }
+    question |= {"ind": 1, "split": "val", "split_type": "indomain", "source_id": "activitynet~v_1"}
+    buffer = io.BytesIO()
+    pa.parquet.write_table(pa.Table.from_pylist([{**question, "endings": list("abcd")}] * 3), buffer)
+    questions = {"data/validation-00000-of-00001.parquet": buffer.getvalue()}
+    with HubServer({"Salesforce/wikitext": files, "Rowan/hellaswag": questions}) as hub:
+        done = run("wikitext", tmp_path / "out", tokenizer_folder, env=environment(hub, tmp_path))
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.counts["documents"] == 80
+    assert manifest.contamination["questions"] == 3
+    assert manifest.contamination["questions_from"] == "hellaswag"
 
 
 def command_line(*arguments, env):

@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 
 from data.python_docs import extract, python_documents
 from data.readers import cut_text
-from data.sources import SourceError, SourceSpec, list_parts, read_documents, resolved
+from data.sources import (
+    BUNDLED,
+    Part,
+    SourceError,
+    SourceSpec,
+    list_parts,
+    read_documents,
+    read_part,
+    resolved,
+)
 
 TEXTS = ["The first room.", "Zweiter Raum: größer.", "第三の部屋"]
 
@@ -156,6 +165,47 @@ def test_parts_depend_on_the_files_alone_and_cover_them(tmp_path, monkeypatch):
 def test_short_names_stand_for_hub_datasets(name, config, expected):
     spec = resolved(SourceSpec(name, config=config))
     assert (spec.source, spec.config) == expected
+
+
+def test_wikitexts_lines_become_articles(tmp_path):
+    """The Hub's files hold a line of WikiText a row; read as documents, headings were documents too."""
+    first = [
+        "",
+        " = Lantern = \n",
+        "",
+        " A lantern is a portable light . \n",
+        " = = History = = \n",
+        " It is old . = \n",
+        "",
+    ]
+    second = [" = A = B = \n", " The first line . \n", " = = = Deeper = = = \n", "\n"]
+    rest = [" The end of an article that the file before began . \n"]
+    pa.parquet.write_table(pa.table({"text": first + second}), tmp_path / "0.parquet", row_group_size=2)
+    pa.parquet.write_table(pa.table({"text": rest + first[1:4]}), tmp_path / "1.parquet")
+    part = Part((str(tmp_path / "0.parquet"), str(tmp_path / "1.parquet")), 0)
+    texts = [document.text for document in read_part(SourceSpec("wikitext"), part)]
+    assert texts == ["".join(first), "".join(second), "".join(rest), "".join(first[1:4])]
+
+
+def test_the_bundled_rooms_are_their_titles_and_descriptions(tmp_path, monkeypatch):
+    folder = tmp_path / "dungeons"
+    folder.mkdir()
+    room = {"setting": "a keep", "place": "cellar", "mood": "dread", "features": [], "exits": ["north"]}
+    room |= {"inhabitants": [], "title": "The Cellar", "description": "Casks line the wall."}
+    (folder / "train.jsonl").write_text(
+        json.dumps(room) + "\n" + json.dumps({**room, "title": "Well"}) + "\n"
+    )
+    (folder / "validation.jsonl").write_text(json.dumps({**room, "title": "Not for training"}) + "\n")
+    monkeypatch.setattr("data.sources.BUNDLED", tmp_path)
+    assert texts_of("dungeons") == ["The Cellar\nCasks line the wall.", "Well\nCasks line the wall."]
+
+
+def test_the_dungeons_that_come_with_the_project_are_read():
+    path = BUNDLED / "dungeons" / "train.jsonl"
+    if not path.exists():
+        pytest.skip("the bundled dungeons are not in this checkout")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert texts_of("dungeons") == [f"{row['title']}\n{row['description']}" for row in rows]
 
 
 WORLD = """#3001
