@@ -1,6 +1,6 @@
 """Several dungeon writers side by side: bits per byte, what their texts are like, who a blind judge prefers.
 
-python eval_dungeons.py --models artifacts/runs/dungeons/export openai-community/gpt2 --data rooms.jsonl
+python eval_dungeons.py --models artifacts/runs/dungeons/export openai-community/gpt2
 """
 
 import argparse
@@ -13,25 +13,27 @@ from accelerate import Accelerator
 
 import modeling_gpt_scratch  # noqa: F401 (lets the Auto classes know our model)
 from evaluation.comparison import chart, page, table
-from evaluation.diversity import CopyIndex, mauve
+from evaluation.diversity import CopyIndex
 from evaluation.dungeons import Room, bits_per_byte, describe_texts, read_rooms
 from evaluation.endpoint import Endpoint, EndpointError
 from evaluation.generation import generate_samples
 from evaluation.judge import compare_blind, rate
 from evaluation.loading import load_causal_model
+from evaluation.mauve_score import mauve_scores, require_mauve
 from training.device import choose_precision, start_processes
 
 PERSON = "held-out descriptions"
+BUNDLED = Path(__file__).parent / "data" / "corpora" / "dungeons"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="+", default=[], help="folders or Hub ids")
     parser.add_argument(
-        "--data", type=Path, default=Path("data/corpora/dungeons/test.jsonl"), help="%(default)s"
+        "--data", type=Path, default=BUNDLED / "test.jsonl", help="rooms (default: the bundled held-out ones)"
     )
     parser.add_argument(
-        "--train_data", type=Path, help="training rows: what the texts copy from them is reported"
+        "--train_data", type=Path, default=BUNDLED / "train.jsonl", help="copies from it are reported"
     )
     parser.add_argument("--limit", type=int, default=100, help="rows to evaluate on (%(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=200)
@@ -49,7 +51,7 @@ def main() -> None:
     parser.add_argument("--judge_model", help="the judge's name there")
     parser.add_argument("--judge_api", choices=("chat", "completions"), default="chat")
     parser.add_argument(
-        "--mauve", action="store_true", help="needs `pip install mauve-text`; it loads a large model"
+        "--mauve_model", help="model whose features MAUVE compares; needs `pip install mauve-text`"
     )
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
@@ -69,9 +71,9 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace) -> None:
     rooms = read_rooms(arguments.data, limit=arguments.limit)
-    training = None
-    if arguments.train_data is not None:
-        training = CopyIndex([room.description for room in read_rooms(arguments.train_data)])
+    training = CopyIndex([room.description for room in read_rooms(arguments.train_data)])
+    if arguments.mauve_model:
+        require_mauve()  # now, not after an hour of writing
 
     results: dict[str, dict[str, Any]] = {PERSON: {}}
     texts = {PERSON: [room.description for room in rooms]}
@@ -80,15 +82,22 @@ def compare(arguments: argparse.Namespace) -> None:
         texts[name], results[name] = write_locally(name, rooms, arguments)
     for name in arguments.contestants:
         print(f"{name}: writing {len(rooms)} descriptions at {arguments.contestant_url}", flush=True)
-        texts[name], results[name] = write_remotely(name, rooms, arguments)
+        endpoint = Endpoint(arguments.contestant_url, name, chat=arguments.contestant_api == "chat")
+        sampling = {"max_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
+        prompts = [room.prompt for room in rooms]
+        texts[name], results[name] = endpoint.write(prompts, seed=arguments.seed, **sampling)
     for name, numbers in results.items():
         numbers |= describe_texts(texts[name], rooms, training)
-        if arguments.mauve and name != PERSON:
-            numbers["mauve"] = mauve(texts[PERSON], texts[name])
+    if arguments.mauve_model:
+        options = {"trust_remote_code": arguments.trust_remote_code}
+        scores = mauve_scores(texts, PERSON, arguments.mauve_model, start_accelerator(), **options)
+        for name, score in scores.items():
+            results[name]["mauve"] = score
 
     report: dict[str, Any] = {
         "data": str(arguments.data),
         "rows": len(rooms),
+        "mauve_model": arguments.mauve_model,
         "sampling": {
             key: getattr(arguments, key) for key in ("max_new_tokens", "temperature", "top_p", "seed")
         },
@@ -116,11 +125,15 @@ def compare(arguments: argparse.Namespace) -> None:
     print(f"written: results.json, results.png and blind.html (to read blind) in {arguments.output}")
 
 
+def start_accelerator() -> Accelerator:
+    return Accelerator(cpu=start_processes().device.type == "cpu")
+
+
 def write_locally(
     name: str, rooms: list[Room], arguments: argparse.Namespace
 ) -> tuple[list[str], dict[str, Any]]:
     """A local model's texts, and its bits per byte on the held-out ones."""
-    accelerator = Accelerator(cpu=start_processes().device.type == "cpu")
+    accelerator = start_accelerator()
     best = choose_precision(accelerator.device, "auto").value
     dtype = best if arguments.dtype == "auto" else arguments.dtype
     options = {"device": accelerator.device, "trust_remote_code": arguments.trust_remote_code}
@@ -128,22 +141,6 @@ def write_locally(
     numbers = {"bits_per_byte": bits_per_byte(model, tokenizer, rooms, accelerator), "dtype": dtype}
     sampling = {key: getattr(arguments, key) for key in ("max_new_tokens", "temperature", "top_p", "seed")}
     return generate_samples(model, tokenizer, [room.prompt for room in rooms], **sampling), numbers
-
-
-def write_remotely(
-    name: str, rooms: list[Room], arguments: argparse.Namespace
-) -> tuple[list[str], dict[str, Any]]:
-    """An endpoint's texts; where it failed the text is empty, and how often is reported."""
-    endpoint = Endpoint(arguments.contestant_url, name, chat=arguments.contestant_api == "chat")
-    sampling = {"max_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
-    answers = endpoint.complete_all([room.prompt for room in rooms], seed=arguments.seed, **sampling)
-    failures = [answer for answer in answers if isinstance(answer, EndpointError)]
-    if len(failures) == len(rooms):
-        raise EndpointError(f"{name} answered none of {len(rooms)} prompts: {failures[0]}")
-    if failures:
-        print(f"  {len(failures)} of {len(rooms)} failed and stand as empty texts; the first: {failures[0]}")
-    texts = ["" if isinstance(answer, EndpointError) else answer for answer in answers]
-    return texts, {"failed": len(failures), "retries": endpoint.retries}
 
 
 if __name__ == "__main__":

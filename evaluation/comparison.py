@@ -20,6 +20,30 @@ COLUMNS = {
     "rating": "rating",
 }
 
+STYLE = """
+:root { color-scheme: light dark; --ground: #faf8f3; --ink: #23201b; --card: #fff; --line: #d9d2c4;
+  --soft: #6d665a; --mark: #8a4b1f; }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #17161a; --ink: #e6e1d8; --card: #211f25; --line: #3a3740; --soft: #a39c90;
+    --mark: #e0a36b; } }
+* { box-sizing: border-box; }
+body { font: 17px/1.6 Georgia, "Iowan Old Style", serif; background: var(--ground); color: var(--ink);
+  margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; overflow-wrap: anywhere; }
+h1 { line-height: 1.2; margin: 0; }
+.lead, h2, summary { color: var(--soft); }
+h2, h3, pre, summary { font-family: system-ui, sans-serif; }
+h2 { font-size: .85rem; font-weight: 600; margin: 2.5rem 0 .4rem; }
+pre { white-space: pre-wrap; font-size: .9rem; margin: 0 0 1rem; padding: .6rem .9rem;
+  border-left: 3px solid var(--mark); background: var(--card); }
+div { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }
+article { display: flex; flex-direction: column; background: var(--card); border: 1px solid var(--line);
+  border-radius: .6rem; padding: .9rem 1.1rem; }
+h3 { margin: 0; font-size: .85rem; color: var(--mark); }
+p { white-space: pre-wrap; margin: .4rem 0 1rem; }
+details { margin-top: auto; border-top: 1px solid var(--line); padding-top: .5rem; font-weight: 600; }
+summary { cursor: pointer; font-size: .85rem; font-weight: 400; padding: .3rem 0; }
+"""
+
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """One line for each writer, a column for each number that any of them has."""
@@ -66,20 +90,25 @@ def page(requests: Sequence[str], texts: Mapping[str, Sequence[str]], path: Path
     """
     generator = random.Random(seed)
     sections = []
-    for number, request in enumerate(requests):
+    for number, request in enumerate(requests, start=1):
         order = generator.sample(list(texts), len(texts))
         cards = "".join(
-            f"<article><h3>{place}</h3><p>{html.escape(texts[writer][number].strip())}</p><details>"
+            f"<article><h3>{chr(64 + place) if place <= 26 else place}</h3>"
+            f"<p>{html.escape(texts[writer][number - 1].strip()) or '<em>no text</em>'}</p><details>"
             f"<summary>who wrote this?</summary>{html.escape(writer)}</details></article>"
             for place, writer in enumerate(order, start=1)
         )
-        sections.append(f"<section><pre>{html.escape(request)}</pre><div>{cards}</div></section>")
+        sections.append(
+            f"<section><h2>Request {number} of {len(requests)}</h2>"
+            f"<pre>{html.escape(request)}</pre><div>{cards}</div></section>"
+        )
     path.write_text(
-        "<!doctype html><html lang='en'><meta charset='utf-8'><title>Dungeon descriptions, read blind</title>"
-        "<style>body{font:16px/1.5 serif;margin:2rem auto;max-width:75rem}"
-        "div{display:grid;grid-template-columns:repeat(auto-fit,minmax(18rem,1fr));gap:1rem}"
-        "article{border:1px solid #999;border-radius:6px;padding:0 1rem 1rem}p{white-space:pre-wrap}"
-        "pre{white-space:pre-wrap;background:#8882;padding:.6rem}summary{color:#666;cursor:pointer}</style>"
-        f"<h1>Dungeon descriptions, read blind</h1>{''.join(sections)}</html>\n",
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        "<title>Dungeon descriptions, read blind</title>"
+        f"<style>{STYLE}</style></head><body><h1>Dungeon descriptions, read blind</h1>"
+        "<p class='lead'>Each request has several texts in an order of its own. Choose the one "
+        "that you would use at your table, then look who wrote it.</p>"
+        f"{''.join(sections)}</body></html>\n",
         encoding="utf-8",
     )

@@ -93,19 +93,6 @@ def _stem(word: str) -> str:
     return word
 
 
-def mauve(references: Sequence[str], texts: Sequence[str]) -> float:
-    """How near the texts' distribution is to the references' (Pillutla et al. 2021), 1 being the same.
-
-    Raises:
-        ValueError: if the package mauve-text is not installed.
-    """
-    try:
-        import mauve as library  # heavy, optional, and it fetches a large model
-    except ImportError as error:
-        raise ValueError("MAUVE needs a package: pip install mauve-text") from error
-    return float(library.compute_mauve(p_text=list(references), q_text=list(texts), verbose=False).mauve)
-
-
 class CopyIndex:
     """Finds what generated texts share word for word with a set of training texts."""
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -12,11 +12,10 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from data.dungeons import FIELDS, build_prompt
 from evaluation.continuations import Continuation, score_continuations
 from evaluation.diversity import CopyIndex, distinct, field_coverage, repetition, words
 from evaluation.isolation import bare_model, undisturbed
-
-FIELDS = ("title", "setting", "place", "mood", "features", "exits", "inhabitants")
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,7 @@ class Room:
 def read_rooms(path: Path, *, limit: int | None = None) -> list[Room]:
     """Rows of a JSON-lines file with `description` and any of FIELDS; `prompt`, if there, is used as it is.
 
-    Without one, the prompt is a line for each field and "Description:", which any language model can
-    continue.
+    Without one, the prompt is `build_prompt`'s, which any language model can continue.
 
     Raises:
         ValueError: with the line's number, if a row has no description or nothing to ask for; if there are
@@ -58,18 +56,10 @@ def read_rooms(path: Path, *, limit: int | None = None) -> list[Room]:
             )
         if not isinstance(row.get("description"), str) or not row["description"].strip():
             raise ValueError(f"{path.name}, line {number}: description is {row.get('description')!r}")
-        rooms.append(Room(fields, row.get("prompt") or plain_prompt(fields), row["description"]))
+        rooms.append(Room(fields, row.get("prompt") or build_prompt(**fields), row["description"]))
     if not rooms:
         raise ValueError(f"{path} holds no rows to evaluate on")
     return rooms
-
-
-def plain_prompt(fields: Mapping[str, str | Sequence[str]]) -> str:
-    lines = [
-        f"{name.capitalize()}: {value if isinstance(value, str) else ', '.join(value)}"
-        for name, value in fields.items()
-    ]
-    return "\n".join([*lines, "Description:"])
 
 
 def bits_per_byte(

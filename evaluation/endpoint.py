@@ -93,6 +93,21 @@ class Endpoint:
         with ThreadPoolExecutor(concurrency) as pool:
             return list(pool.map(ask, prompts))
 
+    def write(self, prompts: Sequence[str], **options) -> tuple[list[str], dict[str, Any]]:
+        """A text for each prompt, empty where there was no answer, and how many failed and were asked again.
+
+        Raises:
+            EndpointError: if no prompt at all was answered.
+        """
+        answers = self.complete_all(prompts, **options)
+        failures = [answer for answer in answers if isinstance(answer, EndpointError)]
+        if len(failures) == len(prompts):
+            raise EndpointError(f"{self.model} answered none of {len(prompts)} prompts: {failures[0]}")
+        if failures:
+            print(f"  {len(failures)} of {len(prompts)} failed, now empty texts; the first: {failures[0]}")
+        texts = ["" if isinstance(answer, EndpointError) else answer for answer in answers]
+        return texts, {"failed": len(failures), "retries": self.retries}
+
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
         if not self.url.startswith(("http://", "https://")):
             raise EndpointError(f"{self.url!r} is no http(s) address")

@@ -1,12 +1,16 @@
 """Writers side by side: the numbers of their texts, the endpoints, the judge, the whole script."""
 
 import http.server
+import importlib.util
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from data.tokenizer import train_tokenizer
+from data.tokenizer import gpt2_tokenizer, train_tokenizer
 from evaluation.comparison import chart, page, table
 from evaluation.diversity import CopyIndex, distinct, field_coverage, mentions, repetition
 from evaluation.dungeons import bits_per_byte, describe_texts, read_rooms
@@ -251,7 +255,77 @@ def test_ratings_recover_the_odds_that_made_the_games():
     assert ratings["a"] - ratings["b"] == pytest.approx(400, rel=0.01)
 
 
+# MAUVE
+
+
+def tiny_gpt2(folder: Path, seed: int = 0, **settings) -> GPT2LMHeadModel:
+    """A stock GPT-2 folder with a tokenizer trained on the rows."""
+    tokenizer = train_tokenizer([row["description"] for row in ROWS] * 4, 290)
+    torch.manual_seed(seed)
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=290, n_positions=256, **settings)
+    config.eos_token_id = config.bos_token_id = 289
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mauve") is None, reason="mauve-text is not installed")
+def test_mauve_tells_texts_of_the_same_kind_from_noise(tmp_path):
+    """With the real package, and features of a model of our own."""
+    from evaluation.mauve_score import mauve_scores
+
+    tiny_gpt2(tmp_path / "features", initializer_range=0.3)
+    halls = [f"White crust flakes from the stairwell's walls, {n} steps down." for n in range(60)]
+    texts = {"person": halls[::2], "alike": halls[1::2], "noise": ["drip drip"] * 29 + [""]}
+    scores = mauve_scores(texts, "person", str(tmp_path / "features"), Accelerator(cpu=True))
+    assert set(scores) == {"alike", "noise"} and scores["noise"] < 0.2 < 0.5 < scores["alike"] <= 1
+    with pytest.raises(ValueError, match="texts of 'person' to compare with"):
+        mauve_scores({"person": [""]}, "person", str(tmp_path / "features"), Accelerator(cpu=True))
+
+
+def test_mauve_without_its_package_is_an_error_before_anything_is_written(tmp_path):
+    """In a process that cannot see the package, as on a machine without it."""
+    (tmp_path / "rooms.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    code = (
+        "import sys, importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'mauve' else find(name, *rest)\n"
+        f"sys.argv = ['eval_dungeons.py', '--models', 'none', '--mauve_model', 'none', '--data', "
+        f"{str(tmp_path / 'rooms.jsonl')!r}, '--train_data', {str(tmp_path / 'rooms.jsonl')!r}]\n"
+        "import eval_dungeons; eval_dungeons.main()"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "pip install mauve-text" in done.stderr
+    assert "writing" not in done.stdout
+
+
 # What people look at
+
+
+def test_the_page_on_a_phone_shows_who_wrote_what_on_a_click_and_nothing_overflows(tmp_path):
+    """In a real browser, light and dark."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if (browser_path := shutil.which("chromium")) is None:
+        pytest.skip("no chromium on this machine")
+    texts = {"ours": ["A dry well. " * 30] * 2, "far/larger-model-with-a-long-name-70b": ["x" * 300, ""]}
+    page(["Place: well\nDescription:"] * 2, texts, tmp_path / "blind.html")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        grounds = set()
+        for scheme in ("light", "dark"):
+            view = browser.new_page(viewport={"width": 360, "height": 700}, color_scheme=scheme)
+            view.goto((tmp_path / "blind.html").as_uri())
+            assert view.evaluate("document.documentElement.scrollWidth") <= 360
+            grounds.add(view.evaluate("getComputedStyle(document.body).backgroundColor"))
+            assert "ours" not in view.inner_text("body") and "larger-model" not in view.inner_text("body")
+            for summary in view.query_selector_all("summary"):
+                summary.click()
+            shown = view.inner_text("body")
+            assert shown.count("ours") == 2 and shown.count("larger-model") == 2
+            assert view.evaluate("document.documentElement.scrollWidth") <= 360
+        assert len(grounds) == 2
+        browser.close()
 
 
 def test_the_page_hides_names_escapes_texts_and_shuffles_for_each_request(tmp_path):
@@ -275,13 +349,8 @@ def test_the_table_and_the_chart_show_every_number_that_anyone_has(tmp_path, roo
 
 @pytest.mark.slow
 def test_the_script_compares_two_models_a_contestant_and_a_judge(tmp_path):
-    tokenizer = train_tokenizer([row["description"] for row in ROWS] * 4, 290)
     for seed, name in enumerate(("first", "second")):
-        torch.manual_seed(seed)
-        config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=290, n_positions=256)
-        config.eos_token_id = config.bos_token_id = 289
-        GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+        tiny_gpt2(tmp_path / name, seed)
     (tmp_path / "rooms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     with Server(
         lambda b: prefers_long(b) if "Text 2:" in b["messages"][0]["content"] else "A dry well."
@@ -303,3 +372,53 @@ def test_the_script_compares_two_models_a_contestant_and_a_judge(tmp_path):
     assert report["texts"]["big"] == ["A dry well."] * 2
     assert len(report["verdicts"]) == 2 * 4 * 3 and report["judge"]["unusable"] == 0
     assert (tmp_path / "out" / "results.png").exists() and (tmp_path / "out" / "blind.html").exists()
+
+
+@pytest.mark.slow
+def test_the_script_works_with_transformers_serve_as_contestant_and_judge(tmp_path):
+    """The real server and small stock GPT-2 folders; the judge's weights make it say "1" to everything."""
+    pytest.importorskip("uvicorn", reason="transformers serve needs uvicorn")
+    pytest.importorskip("fastapi", reason="transformers serve needs fastapi")
+    tiny_gpt2(tmp_path / "writer", initializer_range=0.3)
+    tokenizer = gpt2_tokenizer()
+    judge = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=1024))
+    with torch.no_grad():
+        judge.transformer.ln_f.weight.zero_()
+        judge.transformer.ln_f.bias.fill_(1.0)
+        judge.transformer.wte.weight[tokenizer(" tie")["input_ids"]] = 5.0
+        judge.transformer.wte.weight[tokenizer(" 1")["input_ids"]] = 9.0
+    judge.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    (tmp_path / "rooms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", "--host", "127.0.0.1"]
+    with (tmp_path / "serve.log").open("w") as log:
+        command += ["--port", str(port), "--device", "cpu"]
+        server = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
+                break
+            except OSError:
+                assert server.poll() is None, (tmp_path / "serve.log").read_text()
+                time.sleep(0.5)
+        url = f"http://127.0.0.1:{port}/v1"
+        command = [sys.executable, str(ROOT / "eval_dungeons.py"), "--data", "rooms.jsonl"]
+        command += ["--train_data", "rooms.jsonl", "--max_new_tokens", "12", "--output", "out"]
+        command += ["--contestants", str(tmp_path / "writer"), "--contestant_url", url]
+        command += ["--contestant_api", "completions", "--judge_url", url]
+        command += ["--judge_model", str(tmp_path / "judge"), "--judge_api", "completions"]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+    assert done.returncode == 0, done.stderr + (tmp_path / "serve.log").read_text()
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert report["results"][str(tmp_path / "writer")]["failed"] == 0
+    assert all(report["texts"][str(tmp_path / "writer")])
+    assert [verdict["score"] for verdict in report["verdicts"]] == [1.0] * 4
+    assert report["judge"]["unusable"] == 0

@@ -1,5 +1,6 @@
 """HellaSwag: the two references' numbers, whatever the batches, the wrapping or the model's kind."""
 
+import io
 import json
 import math
 import os
@@ -8,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
@@ -18,6 +21,7 @@ from data.tokenizer import gpt2_tokenizer
 from evaluation.continuations import Continuation, lay_out, score_continuations, supports_packing
 from evaluation.hellaswag import compare, evaluate_hellaswag, score_questions, summarize
 from modeling_gpt_scratch.convert_gpt2 import from_gpt2
+from tests.hub_server import HubServer
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = ROOT / "tests" / "fixtures" / "hellaswag.jsonl"
@@ -333,6 +337,48 @@ def test_comparing_with_itself_shows_no_difference_and_a_missing_question_is_an_
     for metric, share in result.accuracy.items():
         right = sum(rows[metric].value * rows[metric].total for rows in result.by_source.values())
         assert right == pytest.approx(share.value * 12)
+
+
+READ_FROM_HUB = """
+import json, sys
+from data.hellaswag import load_questions
+try:
+    print("RESULT", json.dumps([vars(question) for question in load_questions(sys.argv[1], limit=3)]))
+except ValueError as error:
+    print("ERROR", error)
+"""
+
+
+def read_from_hub(folder: Path, endpoint: str, name: str) -> str:
+    """What a fresh process prints, with a cache of its own and this address as the Hub's."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "PYTHONPATH": str(ROOT)}
+    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", READ_FROM_HUB, name]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_questions_come_from_the_hub_as_from_the_file(tmp_path, questions):
+    """Parquet files as in Rowan/hellaswag, where `ind` and `source_id` are there and labels are texts."""
+    rows = [json.loads(line) for line in QUESTIONS.read_text().splitlines()]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([{**row, "label": str(row["label"])} for row in rows]), buffer)
+    files = {"data/validation-00000-of-00001.parquet": buffer.getvalue()}
+    with HubServer({"Rowan/hellaswag": files}) as hub:
+        printed = read_from_hub(tmp_path, hub.url, "Rowan/hellaswag")
+        assert any("resolve" in path for _, path, _ in hub.served)
+    found = json.loads(printed.split("RESULT ")[1])
+    assert [Question(**{**row, "endings": tuple(row["endings"])}) for row in found] == questions[:3]
+
+
+def test_without_network_the_error_names_the_local_file(tmp_path):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        printed = read_from_hub(tmp_path, f"http://127.0.0.1:{nobody.getsockname()[1]}", "Rowan/hellaswag")
+    assert "ERROR cannot load split 'validation' of the dataset 'Rowan/hellaswag'" in printed
+    assert "hellaswag_val.jsonl" in printed and "give its path" in printed
 
 
 def run_script(folder: Path, *arguments: str, processes: int = 1):
