@@ -82,21 +82,20 @@ def build_blocks(
     settings: FinetuneSettings, model: Any, tokenizer: Any, rooms: Mapping[str, list[Dungeon]]
 ) -> tuple[DungeonBlocks, DungeonBlocks]:
     """Rows to train on, with fields left out at random, and to validate on, with all of them."""
-    sizes = {
-        "block_size": settings.block_size,
-        "context": context_of(model, settings.block_size),
-        "seed": settings.seed,
-    }
-    build = partial(DungeonBlocks, tokenizer=tokenizer, **sizes)
-    chance = settings.field_dropout
-    train_set = build(rooms["train"], field_dropout=chance, packs=settings.packing != "no")
+    context = context_of(model, settings.block_size)
+
+    def build(split: str, chance: float, packs: bool) -> DungeonBlocks:
+        sizes: dict[str, int] = {"block_size": settings.block_size, "context": context, "seed": settings.seed}
+        return DungeonBlocks(rooms[split], tokenizer, field_dropout=chance, packs=packs, **sizes)
+
+    train_set = build("train", settings.field_dropout, settings.packing != "no")
     if train_set.packs and not keeps_texts_apart(model, train_set.fullest()):
         if settings.packing == "yes":
             raise SettingsError(f"--packing yes: a {type(model).__name__} reads one packed room in the next")
         say(f"A {type(model).__name__} would read one packed room in the next: each gets a row of its own.")
-        train_set = build(rooms["train"], field_dropout=chance, packs=False)
+        train_set = build("train", settings.field_dropout, False)
     say(f"{len(rooms['train']):,} rooms in {len(train_set):,} rows; {train_set.targets:,} tokens to learn.")
-    return train_set, build(rooms["validation"], packs=train_set.packs)
+    return train_set, build("validation", 0.0, train_set.packs)
 
 
 def build_objective(settings: FinetuneSettings, model: Any, tokenizer: Any) -> Any:

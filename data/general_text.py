@@ -58,4 +58,4 @@ def _validation_texts(shards: Path) -> Iterator[str]:
     tokenizer = load_tokenizer(shards / TOKENIZER_FOLDER)
     for entry in manifest.of_split("validation"):
         for ids in open_shard(shards / entry.file):
-            yield tokenizer.decode(ids.as_py(), skip_special_tokens=True)
+            yield str(tokenizer.decode(ids.as_py(), skip_special_tokens=True))

@@ -20,7 +20,10 @@ def measure_both(
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """Bits per byte of the rooms' descriptions, all fields given, and of `texts` if there are any."""
-    asked = [Room(dict(room.fields), build_prompt(**room.fields), room.description) for room in rooms]
+    asked = []
+    for room in rooms:
+        fields = {name: v if isinstance(v, str) else list(v) for name, v in room.fields.items()}
+        asked.append(Room(fields, build_prompt(**fields), room.description))
     numbers = {"rooms": bits_per_byte(model, tokenizer, asked, accelerator)}
     if texts:
         numbers["general"] = evaluate_texts(model, tokenizer, texts, accelerator).bits_per_byte

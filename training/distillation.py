@@ -101,7 +101,7 @@ class Distillation:
             cache.mkdir(parents=True, exist_ok=True)
             self.name = hashlib.sha256(str(teacher.config.to_dict()).encode())
             for tensor in teacher.state_dict().values():
-                self.name.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                self.name.update(_bytes_of(tensor))
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], num_targets: Tensor) -> Tensor:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -136,7 +136,7 @@ class Distillation:
                 row = {name: tensor[number : number + 1] for name, tensor in inputs.items()}
                 digest = self.name.copy()
                 for name in sorted(row):
-                    digest.update(row[name].cpu().contiguous().view(torch.uint8).numpy())
+                    digest.update(_bytes_of(row[name]))
                 file = self.cache / f"{digest.hexdigest()}.safetensors"
                 if file.exists():
                     states = load_file(file, device=str(device))["states"]
@@ -195,6 +195,10 @@ def last_hidden_states(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[
     finally:
         handle.remove()
     return caught[0], types[0]
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def plain(model: Any) -> Any:
