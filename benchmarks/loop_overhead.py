@@ -20,6 +20,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -95,15 +96,16 @@ def blocks_in_turn(flags: list[str], rounds: int, steps: int) -> dict[str, list[
     settings = parse_settings(TrainSettings, [*flags, "--compile", "none"])
     bare = bare_steps(settings)
     taken: dict[str, list[Seconds]] = {"bare": [], "loop": [], "saving": []}
-    rate = train_accelerate.learning_rate_at
+    take, step = train_accelerate.islice, -1  # the step that begins, counted from 0
     since = Stopwatch()
     # Blocks begin just before a step that logs and may save, so that the checkpoint's write in the background
     # slows down steps of the same block; what is left of it at the end is waited for.
     first_step = 2 * steps - 1
 
-    def take_turns(step: int, current: TrainSettings) -> float:
-        """Called by the real loop where a step begins."""
-        nonlocal since
+    def take_turns(batches: Iterator, count: int) -> Any:
+        """Where the real loop takes a step's micro-batches, it begins the step."""
+        nonlocal since, step
+        step += 1
         if step >= first_step and (step - first_step) % steps == 0:
             turn = (step - first_step) // steps
             if turn > 0:
@@ -117,17 +119,17 @@ def blocks_in_turn(flags: list[str], rounds: int, steps: int) -> dict[str, list[
                 next(bare)
             taken["bare"].append(since.seconds())
             since = Stopwatch()
-        return rate(step, current)
+        return take(batches, count)
 
     last_step = first_step + 2 * rounds * steps + 1
     regular = ["--max_steps", str(last_step), "--save_every_steps", str(2 * steps), "--keep_last", "1"]
-    train_accelerate.learning_rate_at = take_turns
+    train_accelerate.islice = take_turns  # type: ignore[assignment]
     next(bare)  # both loops have warmed up before the first block
     try:
         with redirect_stdout(StringIO()):
             train_accelerate.main([*flags, *regular, "--log_every_steps", str(steps), "--compile", "none"])
     finally:
-        train_accelerate.learning_rate_at = rate
+        train_accelerate.islice = take
     return taken
 
 

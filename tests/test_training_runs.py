@@ -1,6 +1,7 @@
 """Whole runs of a toy model: in this process where one is enough, else through `accelerate launch`."""
 
 import errno
+import itertools
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from training_toys import (
     ROOT,
@@ -30,9 +32,12 @@ from training_toys import (
 from training_toys import TOY_SETTINGS as TOY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import train_accelerate
+from data.loader import collate_blocks
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
 from training.checkpoint import complete_checkpoints, latest_checkpoint
 from training.export import export_model
+from training.objective import language_modeling_loss
 from training.recipe import TrainSettings, micro_batches_per_process
 from training.settings import parse_settings
 
@@ -173,6 +178,29 @@ def test_checkpoints_are_also_taken_by_the_clock(finished, shards, tmp_path):
         keep_best="false", eval_every_steps=100,
     )  # fmt: skip
     assert list(complete_checkpoints(run)) == [4, 5, 6]
+
+
+def test_a_spike_of_the_loss_is_said_and_noted_and_training_goes_on(shards, tmp_path, capsys):
+    """Step 70 is given a tenfold loss, and so a tenfold gradient, which clipping takes back."""
+    run, calls = tmp_path / "run", itertools.count()
+
+    def spiking(model, batch, num_targets):
+        # Two micro-batches a step.
+        return language_modeling_loss(model, batch, num_targets) * (10 if next(calls) // 2 == 69 else 1)
+
+    settings = TrainSettings(**{**TOY, "shards": str(shards), "run_dir": str(run), "max_steps": 72})
+    tokenizer, train_set, eval_set = train_accelerate.prepare_data(settings)
+    model = train_accelerate.build_model(settings, tokenizer)
+    try:
+        train_accelerate.train(settings, model, tokenizer, train_set, eval_set, collate_blocks, spiking)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "loss_spike"] == [70]
+    assert "step 70: the loss jumped to " in capsys.readouterr().out
+    steps = [line for line in metrics_of(run) if "loss" in line]
+    assert len(steps) == 72 and not any(line.get("skipped") for line in steps)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine's GPU may well have FP8")

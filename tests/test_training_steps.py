@@ -11,7 +11,7 @@ from accelerate.tracking import GeneralTracker
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from training.guard import StepGuard
+from training.guard import SPIKE_WINDOW_STEPS, SpikeWatch, StepGuard
 from training.objective import count_targets, language_modeling_loss
 from training.optimizer import build_optimizer
 from training.recipe import TrainSettings
@@ -112,6 +112,17 @@ def test_a_non_finite_step_leaves_weights_moments_and_counts_alone(accelerator, 
     assert step(spoil=False) == 0.0
     assert not torch.equal(before[0], model.weight)
     assert guard.read() == (2, 0)
+
+
+def test_a_spike_is_far_above_the_last_losses_and_does_not_hide_the_next():
+    usual = [3.0 + 0.01 * math.sin(step) for step in range(SPIKE_WINDOW_STEPS)]
+    watch = SpikeWatch()
+    # Before there are enough losses to compare with, as in the steep beginning of a run, nothing stands out.
+    assert not any(watch.is_spike(loss) for loss in [11.0, *usual])
+    assert not watch.is_spike(3.02)
+    assert watch.is_spike(3.5)
+    assert watch.is_spike(3.5)
+    assert not watch.is_spike(2.0)  # a fall is none
 
 
 def test_a_tracker_that_cannot_start_is_left_out_with_a_warning(accelerator):

@@ -14,7 +14,7 @@ from training.settings import SettingsError
 # Where the fused optimizer heeds `found_inf`. On MPS it takes the flag and updates all the same.
 DEVICES_THAT_SKIP = ("cpu", "cuda")
 SPIKE_WINDOW_STEPS = 64
-# Median absolute deviations; of normally distributed losses, one in ten million is so far up.
+# Median absolute deviations; of normally distributed losses, three in a hundred million are so far up.
 SPIKE_SPREADS = 8.0
 
 
@@ -70,16 +70,15 @@ def check_weights(accelerator: Accelerator, model: nn.Module, step: int) -> None
 
 
 class SpikeWatch:
-    """Notices a loss far above what the last steps had."""
+    """Notices a spike: a loss above the median of the last SPIKE_WINDOW_STEPS finite ones by more than
+    SPIKE_SPREADS times their median distance from it. Medians, because one spike must not hide the next.
+    """
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW_STEPS)
 
     def is_spike(self, loss: float) -> bool:
-        """Whether `loss`, finite and in nats/token, stands out.
-
-        It then counts among the last steps as well.
-        """
+        """Whether `loss`, finite and in nats/token, is a spike; either way it counts among the last steps."""
         is_spike = False
         if len(self._recent) == SPIKE_WINDOW_STEPS:
             usual = statistics.median(self._recent)
