@@ -27,9 +27,9 @@ class RunLength:
     """The settings that the schedule follows; `max_steps` and `warmup_steps` fit the budgets.
 
     A budget of tokens is known at once. One of money, or of minutes with `fit_schedule`, is turned into steps
-    after a few steps, by their rate, and once more after the first validation, whose time counts as well.
-    Then the length stands, also for the run when it is resumed. If the rate was wrong and the budget is
-    spent before, the run ends there, in the same clean way.
+    after a few steps, by their rate, and corrected after the first validation, whose time counts as well, and
+    half-way. Then the length stands, also for the run when it is resumed. If the rate was wrong and the
+    budget is spent before, the run ends there, in the same clean way.
     """
 
     def __init__(
@@ -76,7 +76,9 @@ class RunLength:
         left = self._seconds_left(state)
         # Only a validation of this start is in the rate.
         has_validated = state.validation_step > self._steps_before
-        is_due = self._fits <= int(has_validated) and steps >= UNTIMED_STEPS + TIMED_STEPS
+        is_past_half = 2 * state.step >= self.max_steps
+        stage = 1 + has_validated + is_past_half
+        is_due = self._fits < stage and steps >= UNTIMED_STEPS + TIMED_STEPS
         length, text = 0, ""
         if left <= 0:
             length, text = state.step, "The budget is spent: this step is the last."
@@ -96,7 +98,7 @@ class RunLength:
         if length < self.settings.save_every_steps and not self._fits and length < self._budgets["max_steps"]:
             raise SettingsError(self._too_small(state, length, left))
         self._set(length)
-        self._fits = 1 + int(has_validated)
+        self._fits = stage
         if self._accelerator.is_main_process:
             record = {"max_steps": length, "fits": self._fits, "step": state.step, "budgets": self._budgets}
             replace_file(self._file, json.dumps(record).encode())
