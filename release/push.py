@@ -1,0 +1,288 @@
+"""Send an export to the Hub: `python -m release.push artifacts/runs/demo/export user/name --private`.
+
+Everything arrives in one commit: whoever downloads meanwhile gets the old model or the new one, never a
+mixture, and a push that was killed is simply repeated.
+"""
+
+import argparse
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils import validate_repo_id
+
+from release.card import build_card, for_repository
+from release.folder import (
+    ANY_WEIGHTS,
+    CARD_FILE,
+    RUN_FILES,
+    RUN_FOLDER,
+    ReleaseError,
+    check_export,
+    find_run,
+    outgoing_files,
+)
+
+RETRIES = 5
+FIRST_WAIT_SECONDS = 1.0  # doubles with each retry
+NETWORK_MODULES = (
+    "httpx",
+    "httpx2",
+    "httpcore",
+    "httpcore2",
+)  # what the Hub's client is built on, by version
+Result = TypeVar("Result")
+
+
+def push(
+    folder: Path | str,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    retries: int = RETRIES,
+    say: Callable[[str], object] = print,
+) -> str:
+    """Upload a whole export as the Hub model `repo_id`; returns the commit's address.
+
+    A repository that exists gets the new files; others stay, but for weights that the new ones replace. If
+    the folder lies in a run directory, the run's settings, metrics and report go along into `training/`. A
+    card is made if the folder has none. Nothing on this machine is changed.
+
+    `token`: else the one of `hf auth login` or of the variable HF_TOKEN. What may pass (a busy Hub, a lost
+    connection) is tried again `retries` times, with pauses from one second, doubling.
+
+    Raises:
+        ReleaseError: if the export is not whole, the name or the token is refused, or the Hub stays away.
+    """
+    folder = Path(folder)
+    _check_name(repo_id)
+    check_export(folder)
+    token = token or get_token()
+    if not token:
+        raise ReleaseError(
+            "There is no token for the Hub. Run `hf auth login`, or set HF_TOKEN to one that may write "
+            "(https://huggingface.co/settings/tokens)."
+        )
+    api = HfApi(token=token)
+    try:
+        contents, staying = _contents(folder, repo_id)
+        if staying:
+            say(f"Stays here: {', '.join(staying)}")
+        return _patiently(lambda: _push_once(api, contents, repo_id, private, revision, say), retries, say)
+    except ReleaseError:
+        raise
+    except Exception as error:
+        raise ReleaseError(
+            _explain(error, repo_id, api.endpoint, token)
+        ) from None  # its chain may quote headers
+
+
+def _check_name(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+        if "/" not in repo_id:
+            raise HFValidationError("the owner is missing")
+    except HFValidationError as error:
+        raise ReleaseError(
+            f"The Hub takes no repository named {repo_id!r}: {error}. A name is user/name, of letters, "
+            "digits, '-', '_' and '.'."
+        ) from error
+
+
+def _contents(folder: Path, repo_id: str) -> tuple[dict[str, bytes | Path], list[str]]:
+    """What the repository will hold, by its path there; and the names of what is left out.
+
+    Files of the run are read now: one that is training still writes to them.
+    """
+    going, staying = outgoing_files(folder)
+    contents: dict[str, bytes | Path] = {path.name: path for path in going}
+    run = find_run(folder)
+    if CARD_FILE in contents:
+        card = for_repository((folder / CARD_FILE).read_text(encoding="utf-8"), repo_id)
+    else:
+        card = build_card(folder, run, repo_id)
+    contents[CARD_FILE] = card.encode()
+    for name in RUN_FILES:
+        if run is not None and (run / name).is_file():
+            contents[f"{RUN_FOLDER}/{name}"] = (run / name).read_bytes()
+    return contents, staying
+
+
+def _push_once(
+    api: HfApi,
+    contents: dict[str, bytes | Path],
+    repo_id: str,
+    private: bool,
+    revision: str | None,
+    say: Callable[[str], object],
+) -> str:
+    """One attempt from the beginning: what has been done already is found done."""
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if revision not in (None, "main"):
+        api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+    there = api.model_info(repo_id, revision=revision)
+    if private and not there.private:
+        raise ReleaseError(
+            f"{repo_id} exists and is public, so nothing was uploaded. Make it private in its settings on "
+            "the Hub, choose another name, or leave out --private."
+        )
+    present = [file.rfilename for file in there.siblings or []]
+    replaced = [name for name in present if ANY_WEIGHTS.fullmatch(name) and name not in contents]
+    if replaced:
+        say(f"Replaced by the new weights, so removed there: {', '.join(replaced)}")
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()
+    ]
+    operations += [CommitOperationDelete(path_in_repo=name) for name in replaced]
+    commit = api.create_commit(
+        repo_id, operations, commit_message="Upload model", revision=revision or "main"
+    )
+    return str(commit.commit_url)
+
+
+def _patiently(action: Callable[[], Result], retries: int, say: Callable[[str], object]) -> Result:
+    """The action's result, tried again with growing pauses while its failures are such as may pass."""
+    for attempt in range(retries):
+        try:
+            return action()
+        except Exception as error:
+            if not _may_pass(error):
+                raise
+            wait = FIRST_WAIT_SECONDS * 2**attempt
+            say(f"The Hub is not well ({_in_short(error)}); trying again in {wait:g} s.")
+            time.sleep(wait)
+    return action()
+
+
+def _status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _may_pass(error: Exception) -> bool:
+    status = _status(error)
+    if status is not None:
+        return status in (408, 429) or status >= 500
+    return _is_network(error) and not isinstance(error, OfflineModeIsEnabled)
+
+
+def _is_network(error: Exception) -> bool:
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in (
+        NETWORK_MODULES
+    )
+
+
+def _in_short(error: Exception) -> str:
+    status = _status(error)
+    return f"HTTP {status}" if status is not None else type(error).__name__
+
+
+def _explain(error: Exception, repo_id: str, endpoint: str, token: str) -> str:
+    """The failure for the model's owner; addresses lose their query, which may be a signature."""
+    what = re.sub(r"(https?://[^\s'\"?]+)\?[^\s'\"]*", r"\1", str(error)).replace(token, "***").strip()
+    safe = f"Nothing on this machine was changed, and {repo_id} is as it was."
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"HF_HUB_OFFLINE is set, so the Hub cannot be reached. Unset it and push again. {safe}"
+    status = _status(error)
+    if status in (401, 403):
+        return (
+            f"The Hub refuses this token (HTTP {status}): {what}\nIt must be allowed to write to {repo_id}: "
+            f"see `hf auth whoami` and https://huggingface.co/settings/tokens. {safe}"
+        )
+    if isinstance(error, HfHubHTTPError):
+        return f"The Hub did not take {repo_id}: {what}\n{safe} The same command tries again."
+    if _is_network(error):
+        return (
+            f"{endpoint} cannot be reached ({type(error).__name__}: {what}). {safe} The same command tries "
+            "again; what was uploaded is not uploaded twice."
+        )
+    return f"The push to {repo_id} failed ({type(error).__name__}: {what}). {safe}"
+
+
+class BackgroundPush:
+    """A push under way in a thread; made by `push_in_background`."""
+
+    def __init__(self, work: Callable[[], str], warn: Callable[[str], object]):
+        self.url: str | None = None  # of the commit, once it is there
+        self._work, self._warn = work, warn
+        # A daemon: a Hub that does not answer must not keep the program from ending.
+        self._thread = threading.Thread(target=self._run, name="push to the Hub", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.url = self._work()
+        except Exception as error:
+            self._warn(f"Not pushed to the Hub: {error}")
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def finish(self, timeout_seconds: float | None = None) -> str | None:
+        """Wait for it; the commit's address, or None if it failed or is still not there. Never raises."""
+        self._thread.join(timeout_seconds)
+        if self.is_running:
+            self._warn(f"The push to the Hub was not done after {timeout_seconds:g} s and is left alone.")
+        return self.url
+
+
+def push_in_background(
+    folder: Path | str,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    retries: int = RETRIES,
+    warn: Callable[[str], object] = print,
+) -> BackgroundPush:
+    """`push`, without waiting and without ever raising: what goes wrong is told to `warn`, in words.
+
+    `warn` is called from another thread. A folder that disappears meanwhile is only one more failure.
+    """
+
+    def work() -> str:
+        return push(
+            folder, repo_id, private=private, revision=revision, token=token, retries=retries, say=warn
+        )
+
+    return BackgroundPush(work, warn)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m release.push", description="Send an export, its card and its run's record to the Hub."
+    )
+    parser.add_argument("folder", type=Path, help="an export, such as artifacts/runs/demo/export")
+    parser.add_argument(
+        "repo_id", metavar="user/name", help="the model's name on the Hub; updated if it exists"
+    )
+    parser.add_argument("--private", action="store_true", help="a new repository is for its owner only")
+    parser.add_argument("--revision", help="a branch of the repository, made if it is missing; main")
+    parser.add_argument("--retries", type=int, default=RETRIES, help=f"of what may pass; {RETRIES}")
+    arguments = parser.parse_args(argv)
+    hub_logging.set_verbosity_error()  # its warnings quote signed addresses, and our own say the rest
+    try:
+        url = push(
+            arguments.folder,
+            arguments.repo_id,
+            private=arguments.private,
+            revision=arguments.revision,
+            retries=arguments.retries,
+        )
+    except (ReleaseError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"The model is at {url}")
+
+
+if __name__ == "__main__":
+    main()

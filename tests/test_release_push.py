@@ -1,0 +1,305 @@
+"""An export on its way to the Hub and back with the real client; the loopback Hub is not always well."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.tokenizer import train_tokenizer
+from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
+from release.folder import ReleaseError
+from release.push import push_in_background
+from tests.hub_server import HubServer
+from tests.training_toys import free_port
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKEN = "hf_" + "secret" * 5
+TEXTS = ["The bell in the crypt is cracked and the rope is wet.", "Water slides over the sluice wheel."] * 20
+
+LOAD_ELSEWHERE = """
+import hashlib, json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from huggingface_hub import hf_hub_download
+name = "user/crypt"
+model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+generate = pipeline("text-generation", model=name, trust_remote_code=True)
+text = generate("The bell", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+weights = open(hf_hub_download(name, "model.safetensors"), "rb").read()
+assert "modeling_gpt_scratch" not in sys.modules, "the class came from the repository, not from the Hub"
+sha256 = hashlib.sha256(weights).hexdigest()
+print(json.dumps({"class": type(model).__name__, "text": text, "sha256": sha256}))
+"""
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """A run directory with an export, as training leaves it."""
+    run = tmp_path_factory.mktemp("runs") / "crypt"
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(TEXTS, 300)
+    config = GPTScratchConfig.preset(
+        "tiny", vocab_size=len(tokenizer), bos_token_id=299, eos_token_id=299, pad_token_id=299
+    )
+    GPTScratchForCausalLM(config).save_pretrained(run / "export")
+    tokenizer.save_pretrained(run / "export")
+    (run / "settings.yaml").write_text("seed: 1\nmax_steps: 2\n")
+    lines = [{"step": 1, "loss": 5.0, "tokens": 10}, {"step": 2, "validation_loss": 4.5, "tokens": 20}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "report.html").write_text("<html></html>")
+    (run / "loss.png").write_bytes(b"\x89PNG\r\n")
+    return run
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(finished_run, tmp_path / "crypt"))
+
+
+def environment(hub, tmp_path, token=TOKEN):
+    """Of a process on another machine: its own empty cache, our repository not on its path."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_TOKEN")}
+    there = {
+        "HF_ENDPOINT": hub if isinstance(hub, str) else hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "NO_PROXY": "*",
+        "OMP_NUM_THREADS": "1",
+    }
+    return {**kept, **there, **({"HF_TOKEN": token} if token else {})}
+
+
+def push_command(folder, *flags, name="user/crypt"):
+    return [sys.executable, "-m", "release.push", str(folder), name, *flags]
+
+
+def push(folder, env, *flags, name="user/crypt"):
+    return subprocess.run(
+        push_command(folder, *flags, name=name),
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def contents_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+BAD_DAY = {
+    "POST /api/repos/create": [503, "drop"],
+    "POST .*/preupload/": [429],
+    "POST .*/objects/batch": [502],
+    "PUT /lfs/": [500, "drop"],
+    "POST .*/commit/": ["drop", "lose"],
+    "GET /lfs/": ["cut"],
+}
+
+
+@pytest.mark.parametrize(
+    "script",
+    [{"POST .*/commit/": ["lose"]}, pytest.param(BAD_DAY, marks=pytest.mark.slow)],
+    ids=["the answer is lost", "a bad day"],
+)
+def test_a_pushed_export_loads_in_another_process_whatever_the_hub_goes_through(run, tmp_path, script):
+    before = contents_of(run)
+    with HubServer({}, token=TOKEN, scripted=script) as hub:
+        pushed = push(run / "export", environment(hub, tmp_path), "--private")
+        assert pushed.returncode == 0, pushed.stderr + "\n".join(map(str, hub.served))
+        there = hub.repositories["user/crypt"]
+        assert "user/crypt" in hub.private
+        for name, content in contents_of(run / "export").items():
+            assert there[name] == content, name
+        for name in ("settings.yaml", "metrics.jsonl", "report.html", "loss.png"):
+            assert there[f"training/{name}"] == before[name]
+        assert b'model="user/crypt"' in there["README.md"]
+        assert hub.uploads.count(hashlib.sha256(before["export/model.safetensors"]).hexdigest()) == 1
+
+        elsewhere = environment(hub, tmp_path / "elsewhere")
+        loaded = subprocess.run(
+            [sys.executable, "-c", LOAD_ELSEWHERE],
+            cwd=tmp_path,
+            env=elsewhere,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert loaded.returncode == 0, loaded.stderr + "\n".join(map(str, hub.served[-20:]))
+        assert not any(hub.scripted.values()), "the Hub was meant to be in more trouble"
+    found = json.loads(loaded.stdout.splitlines()[-1])
+    assert found["class"] == "GPTScratchForCausalLM"
+    assert found["text"].startswith("The bell")
+    assert found["sha256"] == hashlib.sha256(before["export/model.safetensors"]).hexdigest()
+    assert contents_of(run) == before  # the card was made on the way, not here
+    assert TOKEN not in pushed.stdout + pushed.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_push_leaves_the_old_model_and_completes_when_it_is_repeated(run, tmp_path):
+    old = {"README.md": b"an older card", "notes.txt": b"mine", "model.safetensors": b"old"}
+    with HubServer({"user/crypt": dict(old)}, token=TOKEN, scripted={"POST .*/commit/": ["hang"]}) as hub:
+        env = environment(hub, tmp_path)
+        process = subprocess.Popen(push_command(run / "export"), cwd=ROOT, env=env)
+        assert hub.hanging.wait(60)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert hub.repositories["user/crypt"] == old
+        hub.released.set()
+        again = push(run / "export", env)
+        assert again.returncode == 0, again.stderr
+        there = hub.repositories["user/crypt"]
+        assert there["model.safetensors"] == (run / "export" / "model.safetensors").read_bytes()
+        assert there["notes.txt"] == b"mine"  # updated, not emptied
+        assert len(hub.uploads) == len(set(hub.uploads))  # what had arrived was not sent again
+
+
+def test_weights_under_an_older_name_do_not_stay_beside_the_new_ones(run, tmp_path):
+    """from_pretrained would go by an index that nobody meant any more."""
+    old = {
+        "model.safetensors.index.json": b'{"weight_map": {"x": "model-00001-of-00001.safetensors"}}',
+        "model-00001-of-00001.safetensors": b"old",
+        "notes.txt": b"mine",
+    }
+    with HubServer({"user/crypt": old}, token=TOKEN) as hub:
+        pushed = push(run / "export", environment(hub, tmp_path), "--revision", "trial")
+        assert pushed.returncode == 0, pushed.stderr
+        branch = hub.branches["user/crypt", "trial"]
+        assert "model-00001-of-00001.safetensors" in hub.repositories["user/crypt"]  # main is as it was
+    assert {"model.safetensors", "notes.txt", "training/metrics.jsonl"} <= set(branch)
+    assert not {"model.safetensors.index.json", "model-00001-of-00001.safetensors"} & set(branch)
+    assert "removed there: model-00001-of-00001.safetensors, model.safetensors.index.json" in pushed.stdout
+
+
+def test_only_the_models_own_files_go_out(run, tmp_path):
+    """A checkpoint's optimizer, and whatever else lies in the folder, stay."""
+    for name in (".env", "optimizer.safetensors", "random_states.safetensors", "old.bin", "id_rsa"):
+        (run / "export" / name).write_bytes(b"private")
+    with HubServer({}, token=TOKEN) as hub:
+        pushed = push(run / "export", environment(hub, tmp_path))
+        assert pushed.returncode == 0, pushed.stderr
+        assert not any(content == b"private" for content in hub.repositories["user/crypt"].values())
+    assert "Stays here: .env, id_rsa, old.bin, optimizer.safetensors" in pushed.stdout
+
+
+def refusal(folder, capture, name="user/crypt", **settings):
+    """What `push` says, in this process: nothing here may reach the network."""
+    from release.push import push as push_here
+
+    with pytest.raises(ReleaseError) as caught:
+        push_here(folder, name, say=capture.append, **settings)
+    return str(caught.value)
+
+
+def test_an_export_that_is_not_whole_is_refused_with_all_that_is_wrong(run):
+    export = run / "export"
+    (export / "modeling_gpt_scratch.py").unlink()
+    (export / "tokenizer.json").unlink()
+    (export / "generation_config.json").write_text("{")
+    weights = (export / "model.safetensors").read_bytes()
+    (export / "model.safetensors").write_bytes(weights[:-10])
+    message = refusal(export, [], token=TOKEN)
+    assert "modeling_gpt_scratch.py is missing" in message
+    assert "tokenizer.json is missing" in message
+    assert "generation_config.json cannot be read" in message
+    assert f"model.safetensors has {len(weights) - 10:,} bytes, its header says {len(weights):,}" in message
+    assert "not a folder" in refusal(run / "nothing", [], token=TOKEN)
+
+
+@pytest.mark.parametrize("name", ["crypt", "user/a/b", "user/--", "user/a b", "user/x.git", "../etc"])
+def test_a_name_the_hub_refuses_is_refused_before_anything_is_sent(run, name):
+    message = refusal(run / "export", [], name=name, token=TOKEN)
+    assert f"takes no repository named {name!r}" in message and "user/name" in message
+
+
+def test_without_a_token_it_says_how_to_get_one(run, tmp_path):
+    with HubServer({}, token=TOKEN) as hub:
+        pushed = push(run / "export", environment(hub, tmp_path, token=None))
+        assert not hub.served
+    assert pushed.returncode == 1
+    assert "hf auth login" in pushed.stderr and "Traceback" not in pushed.stderr
+
+
+def test_what_the_hub_refuses_is_said_without_the_token(run, tmp_path):
+    with HubServer({"user/public": {}}, token=TOKEN) as hub:
+        wrong = push(run / "export", environment(hub, tmp_path, token="hf_wrong" * 4))
+        foreign = push(run / "export", environment(hub, tmp_path), name="someone/crypt")
+        public = push(run / "export", environment(hub, tmp_path), "--private", name="user/public")
+        assert hub.repositories == {"user/public": {}}
+    assert "refuses this token (HTTP 401)" in wrong.stderr
+    assert "refuses this token (HTTP 403)" in foreign.stderr and "namespace" in foreign.stderr
+    assert "exists and is public, so nothing was uploaded" in public.stderr
+    for done, secret in ((wrong, "hf_wrong"), (foreign, TOKEN), (public, TOKEN)):
+        assert done.returncode == 1
+        assert secret not in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_without_a_network_it_says_so_and_changes_nothing_here(run, tmp_path):
+    before = contents_of(run)
+    gone = environment(f"http://127.0.0.1:{free_port()}", tmp_path)
+    pushed = push(run / "export", gone, "--retries", "1")
+    assert pushed.returncode == 1
+    assert "trying again in 1 s" in pushed.stdout
+    assert "cannot be reached" in pushed.stderr and "Nothing on this machine was changed" in pushed.stderr
+    offline = push(run / "export", {**gone, "HF_HUB_OFFLINE": "1"})
+    assert "HF_HUB_OFFLINE is set" in offline.stderr
+    assert TOKEN not in pushed.stderr + offline.stderr and "Traceback" not in pushed.stderr + offline.stderr
+    assert contents_of(run) == before
+
+
+def test_a_push_in_the_background_never_stops_its_caller(run):
+    """Here the environment is offline, a folder missing, a name impossible: only words come back."""
+    told = []
+    pushes = [
+        push_in_background(run / "export", "user/crypt", token=TOKEN, retries=0, warn=told.append),
+        push_in_background(run / "nothing", "user/crypt", token=TOKEN, warn=told.append),
+        push_in_background(run / "export", "no name", token=TOKEN, warn=told.append),
+    ]
+    assert [one.finish(timeout_seconds=60) for one in pushes] == [None, None, None]
+    assert len(told) == 3 and all(text.startswith("Not pushed to the Hub: ") for text in told)
+    assert not any(one.is_running for one in pushes)
+
+
+IN_THE_BACKGROUND = """
+import sys, time
+from release.push import push_in_background
+began = time.monotonic()
+push = push_in_background(sys.argv[1], "user/crypt")
+assert time.monotonic() - began < 1, "the caller was made to wait"
+running = push.is_running
+address = push.finish(timeout_seconds=float(sys.argv[2]))
+print(running, address)
+"""
+
+
+@pytest.mark.slow
+def test_a_push_in_the_background_arrives_and_a_hub_that_hangs_keeps_nobody(run, tmp_path):
+    def start(hub, seconds):
+        return subprocess.run(
+            [sys.executable, "-c", IN_THE_BACKGROUND, str(run / "export"), str(seconds)],
+            cwd=ROOT,
+            env=environment(hub, tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    with HubServer({}, token=TOKEN, scripted={"POST .*/commit/": ["hang"]}) as hub:
+        hanging = start(hub, 3)
+        hub.released.set()
+        arrived = start(hub, 50)
+        head = hub.heads["user/crypt", "main"]
+    assert hanging.returncode == 0, hanging.stderr
+    assert "was not done after 3 s" in hanging.stdout and "True None" in hanging.stdout
+    assert f"True {hub.url}/user/crypt/commit/{head}" in arrived.stdout, arrived.stdout + arrived.stderr
