@@ -360,6 +360,7 @@ def read_from_hub(folder: Path, endpoint: str, name: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_questions_come_from_the_hub_as_from_the_file(tmp_path, questions):
     """Parquet files as in Rowan/hellaswag, where `ind` and `source_id` are there and labels are texts."""
     rows = [json.loads(line) for line in QUESTIONS.read_text().splitlines()]
@@ -373,6 +374,7 @@ def test_questions_come_from_the_hub_as_from_the_file(tmp_path, questions):
     assert [Question(**{**row, "endings": tuple(row["endings"])}) for row in found] == questions[:3]
 
 
+@pytest.mark.slow
 def test_without_network_the_error_names_the_local_file(tmp_path):
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
