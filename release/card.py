@@ -5,7 +5,6 @@ out.
 """
 
 import argparse
-import math
 import re
 import shutil
 import sys
@@ -13,18 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.repocard_data import model_index_to_eval_results
-
 from release.folder import CARD_FILE, PICTURE_FILE, RUN_FOLDER, ReleaseError, find_run, read_config
-from release.record import Record, is_number, read_record, wilson_interval
+from release.metadata import card_metadata, hellaswag_in_training, without_path
+from release.record import Record, is_number, read_record
 
 # A card without it is a person's, and is never replaced.
 MARK = "<!-- written by release.card from the files of the run; write your own in its place -->"
 # The fields of a dungeon's prompt, in their order; data/dungeons.py owns them, a test compares.
 DUNGEON_FIELDS = ("title", "setting", "place", "mood", "features", "exits", "inhabitants")
-# Sources with a name of their own, as datasets of the Hub.
-HUB_DATASETS = {"fineweb-edu": "HuggingFaceFW/fineweb-edu"}
 RECIPE_SETTINGS = {
     "method": "method",
     "optimizer": "optimizer",
@@ -77,7 +72,7 @@ def build_card(
         _reproduce(record),
         _limits(license),
     ]
-    metadata = _metadata(record, name.rpartition("/")[2], license, language)
+    metadata = card_metadata(record, name.rpartition("/")[2], license, language)
     body = "\n\n".join(section for section in sections if section)
     return f"---\n{metadata.to_yaml()}\n---\n\n{body}\n"
 
@@ -107,74 +102,6 @@ def for_repository(card: str, repo_id: str) -> str:
     return (
         re.sub(r'(\bmodel=|from_pretrained\()"[^"\n]*"', rf'\1"{repo_id}"', card) if is_ours(card) else card
     )
-
-
-def _metadata(record: Record, name: str, license: str | None, language: str | None) -> ModelCardData:
-    dataset = _hub_dataset(record.settings.get("source") or record.receipt.get("source"))
-    base = record.settings.get("model") if record.is_dungeons else None
-    is_hub_id = isinstance(base, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
-    tags = ["gpt2", "gpt-scratch", *(["custom_code"] if "auto_map" in record.config else [])]
-    return ModelCardData(
-        language=language,
-        license=license,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=[*tags, *(["dungeons"] if record.is_dungeons else [])],
-        datasets=[dataset] if dataset and not record.is_dungeons else None,
-        base_model=base if is_hub_id else None,
-        model_name=name,
-        eval_results=_eval_results(record) or None,
-    )
-
-
-def _eval_results(record: Record) -> list[EvalResult]:
-    results = []
-    validation, source = record.validation, record.receipt.get("source")
-    if validation:
-        shown = (
-            "dungeon rooms" if record.is_dungeons else _without_path(source) or "the training data's source"
-        )
-        loss, bits = validation["validation_loss"], validation.get("bits_per_byte")
-        numbers = {"loss": ("Validation loss (nats per token)", loss)}
-        if loss < 30:  # past that e to its power says nothing
-            numbers["perplexity"] = ("Validation perplexity", math.exp(loss))
-        if is_number(bits):
-            numbers["bits_per_byte"] = ("Validation bits per byte", bits)
-        for metric, (metric_name, value) in numbers.items():
-            results.append(
-                EvalResult(
-                    task_type="text-generation",
-                    dataset_type=_hub_dataset(source) or "text",
-                    dataset_name=f"{shown}, held out",
-                    dataset_split="validation",
-                    metric_type=metric,
-                    metric_name=metric_name,
-                    metric_value=round(value, 4),
-                )
-            )
-    index = record.hellaswag.get("model-index")
-    if index:
-        results += model_index_to_eval_results(index)[1]
-    elif found := _hellaswag_in_training(record):
-        share, total, (low, high) = found
-        results.append(
-            EvalResult(
-                task_type="text-generation",
-                dataset_type="Rowan/hellaswag",
-                dataset_name="HellaSwag",
-                dataset_split="validation",
-                metric_type="acc_norm",
-                metric_name="HellaSwag acc_norm",
-                metric_value=round(share, 4),
-                metric_args={"interval_95": [round(low, 4), round(high, 4)], "questions": total},
-            )
-        )
-    return results
-
-
-def _hellaswag_in_training(record: Record) -> tuple[float, int, tuple[float, float]] | None:
-    share, total = record.last("hellaswag_acc_norm"), record.last("hellaswag_questions")
-    return (share, int(total), wilson_interval(share, int(total))) if is_number(share) and total else None
 
 
 def _summary(record: Record) -> str:
@@ -241,7 +168,7 @@ def _results(record: Record) -> str:
         for metric, share in accuracy.items():
             value = f"{share['value']:.2%}, 95% interval {share['low']:.2%} to {share['high']:.2%}"
             rows.append((f"HellaSwag, {metric}, {share['total']:,} questions", value))
-    elif found := _hellaswag_in_training(record):
+    elif found := hellaswag_in_training(record):
         part, total, (low, high) = found
         rows.append(
             (
@@ -281,11 +208,11 @@ def _data(record: Record) -> list[tuple[str, str]]:
     receipt, settings = record.receipt, record.settings
     rows = []
     if record.is_dungeons:
-        rows.append(("rooms", ", ".join(map(_without_path, _as_list(settings.get("data"))))))
-        rows.append(("base model", _without_path(settings.get("model"))))
+        rows.append(("rooms", ", ".join(map(without_path, _as_list(settings.get("data"))))))
+        rows.append(("base model", without_path(settings.get("model"))))
     elif receipt.get("source"):
         rows.append(
-            ("source", " ".join(filter(None, [_without_path(receipt["source"]), receipt.get("config")])))
+            ("source", " ".join(filter(None, [without_path(receipt["source"]), receipt.get("config")])))
         )
     for key, words in (
         ("training_tokens", "training tokens"),
@@ -296,7 +223,7 @@ def _data(record: Record) -> list[tuple[str, str]]:
     ):
         value = receipt.get(key)
         if value is not None:
-            rows.append((words, f"{value:,}" if is_number(value) else _without_path(value)))
+            rows.append((words, f"{value:,}" if is_number(value) else without_path(value)))
     contamination = receipt.get("contamination")
     if isinstance(contamination, dict) and is_number(contamination.get("questions_in_corpus")):
         found, asked = contamination["questions_in_corpus"], contamination.get("questions")
@@ -381,22 +308,8 @@ def _fenced(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
-def _hub_dataset(source: Any) -> str | None:
-    if not isinstance(source, str):
-        return None
-    return HUB_DATASETS.get(source) or (source.removeprefix("hub:") if source.startswith("hub:") else None)
-
-
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _without_path(value: Any) -> str:
-    """Of a path of this machine, the last part: nobody else's business, and no use to them."""
-    if not isinstance(value, str):
-        return ""
-    text = re.sub(r"(?<!\S)/\S*/([^/\s]+)/?", r"\1", value)
-    return text
 
 
 def _in_units(count: int) -> str:
