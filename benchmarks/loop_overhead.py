@@ -123,13 +123,13 @@ def blocks_in_turn(flags: list[str], rounds: int, steps: int) -> dict[str, list[
 
     last_step = first_step + 2 * rounds * steps + 1
     regular = ["--max_steps", str(last_step), "--save_every_steps", str(2 * steps), "--keep_last", "1"]
-    train_accelerate.islice = take_turns  # type: ignore[assignment]
+    train_accelerate.islice = take_turns  # type: ignore[assignment, misc]
     next(bare)  # both loops have warmed up before the first block
     try:
         with redirect_stdout(StringIO()):
             train_accelerate.main([*flags, *regular, "--log_every_steps", str(steps), "--compile", "none"])
     finally:
-        train_accelerate.islice = take
+        train_accelerate.islice = take  # type: ignore[misc]
     return taken
 
 
