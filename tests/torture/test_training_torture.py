@@ -23,8 +23,7 @@ from training.checkpoint import MARKER, complete_checkpoints, latest_checkpoint
 pytestmark = pytest.mark.slow
 
 FILES_OF_A_CHECKPOINT = 12  # with the marker
-FILES_BEFORE = 2  # settings.yaml and data.json of the run directory
-SECOND_CHECKPOINT = range(FILES_BEFORE + FILES_OF_A_CHECKPOINT, FILES_BEFORE + 2 * FILES_OF_A_CHECKPOINT)
+SECOND_CHECKPOINT = range(FILES_OF_A_CHECKPOINT, 2 * FILES_OF_A_CHECKPOINT)
 
 KILL = "`kill -9`"
 
@@ -44,9 +43,7 @@ def test_a_checkpoint_has_as_many_files_as_are_killed(undisturbed):
 
 
 @pytest.mark.fault(f"{KILL} during the first checkpoint of a run", SAME)
-@pytest.mark.parametrize(
-    "fault", [(faults.kill_in_file_write, FILES_BEFORE + 9), (faults.kill_before_rename, 0)]
-)
+@pytest.mark.parametrize("fault", [(faults.kill_in_file_write, 9), (faults.kill_before_rename, 0)])
 def test_killed_before_the_first_checkpoint(undisturbed, settings, fault):
     assert run(settings, *fault).code == -signal.SIGKILL
     assert "A new run in" in finish(settings).text
