@@ -1,5 +1,6 @@
 """The page and picture of a run: from whole and damaged files, safe, looked at in a real browser."""
 
+import fcntl
 import json
 import shutil
 import subprocess
@@ -90,8 +91,12 @@ def test_the_page_tells_all_that_a_run_left(tmp_path):
 def test_a_run_in_progress_is_read_again_by_the_browser(tmp_path):
     run = write_run(tmp_path / "a")
     write_lines(run / "events.jsonl", [{"event": "started", "unix_time": 1.7e9, "step": 0}])
-    page = write_page(run).read_text()
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        page = write_page(run).read_text()
     assert 'http-equiv="refresh"' in page and "running" in Tags(page).text
+    page = write_page(run).read_text()  # its process has gone, and did not say goodbye
+    assert 'http-equiv="refresh"' not in page and "Ended without notice after step 50" in Tags(page).text
 
 
 def test_no_text_of_a_run_becomes_markup_and_nothing_is_loaded(tmp_path):

@@ -50,8 +50,7 @@ def draw(chart: Chart) -> str:
     if not series:
         return ""
     xs = [x for s in series for x, _ in s.points]
-    # The first steps are far above the rest: all but the highest few decide the scale.
-    low, high = _range([y for s in series for _, y in s.points], [r.y for r in chart.references], chart.log)
+    low, high = _range([[y for _, y in s.points] for s in series], [r.y for r in chart.references], chart.log)
     left, right = min(0.0, *xs), max(xs) or 1.0
     scale = math.log10 if chart.log else float
 
@@ -118,15 +117,14 @@ def _finite(series: Series) -> list[tuple[float, float]]:
     return [(x, y) for x, y in series.points if y is not None and math.isfinite(y)]
 
 
-def _range(ys: list[float], references: list[float], log: bool) -> tuple[float, float]:
+def _range(lines: list[list[float]], references: list[float], log: bool) -> tuple[float, float]:
+    ys = [y for line in lines for y in line]
     if log:
         ys = [y for y in ys if y > 0] or [1.0]
         return min(ys) / 1.2, max(ys) * 1.2
-    low, high = min([*ys, *references]), max([*ys, *references])
-    if len(ys) > 40:
-        # The first steps are far above the rest and would flatten it: they may leave the picture at its top.
-        usual = sorted(ys)[int(0.985 * (len(ys) - 1))]
-        high = max(usual, *references) if references else usual
+    # The first steps of a long line are far above the rest and would flatten it: they leave at the top.
+    highest = [sorted(line)[int(0.985 * (len(line) - 1))] if len(line) > 40 else max(line) for line in lines]
+    low, high = min([*ys, *references]), max([*highest, *references])
     gap = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     return (low - gap if low - gap > 0 or low < 0 else 0.0), high + gap
 

@@ -29,6 +29,8 @@ def status_of(run: RunRecord) -> tuple[str, str]:
         return "finished", f"{step:,} steps, finished{when}."
     if last.get("event") == "stopped":
         return "stopped", f"Stopped after step {step:,}{of}{when}: {last.get('reason', '')}."
+    if not run.is_running:
+        return "interrupted", f"Ended without notice after step {step:,}{of}; the same command goes on."
     return "running", f"Step {step:,}{of}; {last.get('event', 'started')}{when}."
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from training.charts import draw, in_short, with_exponent
 from training.figures import (
@@ -192,13 +193,15 @@ def _events(run: RunRecord) -> str:
     )
     if not run.events:
         return "<h2>Events</h2><p>None are recorded.</p>"
+
+    def where(event: dict[str, Any]) -> str:
+        processes = event.get("processes", 1)
+        many = f"{processes} processes" if processes != 1 else "1 process"
+        return f"{many}, {event.get('device', 'device not recorded')}"
+
     words = {
-        "started": lambda e: (
-            f"started on {e.get('processes', '?')} process(es) of {e.get('device', 'a device')}"
-        ),
-        "resumed": lambda e: (
-            f"went on, on {e.get('processes', '?')} process(es) of {e.get('device', 'a device')}"
-        ),
+        "started": lambda e: f"started on {where(e)}",
+        "resumed": lambda e: f"went on, on {where(e)}",
         "stopped": lambda e: f"stopped: {e.get('reason', '')}",
         "finished": lambda e: "finished",
         "skipped_step": lambda e: "loss or gradients were not finite; no update was made",

@@ -7,7 +7,14 @@ from typing import Any
 
 import yaml
 
-from training.run_directory import DATA_FILE, EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, SETTINGS_FILE
+from training.run_directory import (
+    DATA_FILE,
+    EVENTS_FILE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    SETTINGS_FILE,
+    is_held,
+)
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,7 @@ class RunRecord:
     samples: list[dict[str, Any]]
     settings: dict[str, Any]
     receipt: dict[str, Any]
+    is_running: bool = False
     problems: list[str] = field(default_factory=list)
 
     def with_number(self, name: str) -> list[dict[str, Any]]:
@@ -51,6 +59,7 @@ def read_run(run_dir: Path | str) -> RunRecord:
         samples=_read_lines(path / SAMPLES_FILE, ("step", "prompt", "text"), problems),
         settings=_read_mapping(path / SETTINGS_FILE, problems),
         receipt=_read_mapping(path / DATA_FILE, problems),
+        is_running=is_held(path),
         problems=problems,
     )
 

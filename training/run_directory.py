@@ -103,6 +103,18 @@ def data_receipt(train_set: Any) -> dict[str, Any]:
     }
 
 
+def is_held(path: Path) -> bool:
+    """Whether a run, of this process or another, is in progress in the folder, as far as its lock tells."""
+    if fcntl is None or not (path / LOCK_FILE).exists():
+        return False
+    with open(path / LOCK_FILE, "rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
 class RunDirectory:
     """One run's folder, held until this process ends.
 

@@ -31,7 +31,8 @@ a { color: var(--c0); }
   font-size: .8rem;
   border: 1px solid currentColor; border-radius: 1rem; color: var(--soft); letter-spacing: 0;
   white-space: nowrap; }
-.status.finished { color: var(--good); } .status.stopped { color: var(--warn); } .status.running { color:
+.status.finished { color: var(--good); }
+.status.stopped, .status.interrupted { color: var(--warn); } .status.running { color:
   var(--c0); }
 .warning { background: var(--warn-paper); color: var(--warn); padding: .7rem .9rem; border-radius: .5rem;
   margin: 1rem 0; max-width: none; }
@@ -82,6 +83,7 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-n
 th, td { text-align: left; padding: .5rem .9rem; border-top: 1px solid var(--rule); vertical-align: top;
   overflow-wrap: anywhere; }
 tr:first-child > * { border-top: 0; }
+thead + tbody tr:first-child > * { border-top: 1px solid var(--rule); }
 th { font-weight: 500; color: var(--soft); } thead th { font-size: .8rem; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 .key th:first-child, .key td:first-child { width: 13rem; color: var(--soft); }
