@@ -298,7 +298,9 @@ async def ask(
         except Exception as error:  # httpx's or httpx2's, whichever huggingface_hub brought
             if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2"):
                 raise
-            reason = f"no connection ({type(error).__name__})"
+            name = type(error).__name__  # of a timeout too, in older releases
+            slow = f"no answer within {arguments.timeout_seconds:g} s"
+            reason = slow if name in ("ReadTimeout", "PoolTimeout") else f"no connection ({name})"
         tally.retries[reason] += 1
     raise NoAnswer(f"no usable answer in {arguments.attempts} attempts, the last: {reason}")
 

@@ -38,7 +38,7 @@ def test_there_are_enough_and_the_card_counts_them_as_they_are(rows):
     assert [one["split"] for one in header["configs"][0]["data_files"]] == list(SPLITS)
     assert card.split("---\n", 2)[2].split("\n\n")[1].startswith(f"{counts['rows']:,} rooms")
     for split in SPLITS:
-        assert f"| {split} | {counts[split]} |" in card
+        assert f"| {split} | {counts[split]:,} |" in card
     for value in (
         counts["different words"],
         counts["words a description"],
