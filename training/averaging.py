@@ -66,10 +66,10 @@ class WeightAverage:
             weight.copy_(average)
             average.copy_(mine)
 
-    def _weights(self) -> list[nn.Parameter]:
+    def _weights(self) -> list[Tensor]:
         """What the optimizer has begun to update: AdamW must find its own state empty at first."""
         optimizer = self._optimizer
         return [p for group in optimizer.param_groups for p in group["params"] if optimizer.state.get(p)]
 
-    def _averages(self, weights: list[nn.Parameter]) -> list[Tensor]:
+    def _averages(self, weights: list[Tensor]) -> list[Tensor]:
         return [self._optimizer.state[weight][AVERAGE] for weight in weights]

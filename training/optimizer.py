@@ -47,21 +47,18 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
         {"params": [p for p in others if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
-    adamw = {
-        "lr": settings.learning_rate,
-        "betas": (settings.adam_beta1, settings.adam_beta2),
-        "eps": settings.adam_epsilon,
-    }
     groups = [{**group, "peak_learning_rate": settings.learning_rate} for group in groups if group["params"]]
+    rate, epsilon = settings.learning_rate, settings.adam_epsilon
+    betas = (settings.adam_beta1, settings.adam_beta2)
     if not hidden:
-        return torch.optim.AdamW(groups, **adamw, fused=True)
+        return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=epsilon, fused=True)
     muon = {
         "params": hidden,
         "weight_decay": settings.muon_weight_decay,
         "peak_learning_rate": settings.muon_learning_rate,
         "momentum": settings.muon_momentum,
     }
-    return MuonAndAdamW(muon, groups, **adamw)
+    return MuonAndAdamW(muon, groups, lr=rate, betas=betas, eps=epsilon)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, settings: ScheduleSettings) -> float:
