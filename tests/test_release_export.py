@@ -1,0 +1,185 @@
+"""An export in other formats, each read back by the program that it is for."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from data.tokenizer import train_tokenizer
+from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
+from release.export import export_gguf, export_stock, export_torchao
+from release.export import main as export
+from release.folder import ReleaseError
+from release.verify import CONSUMERS, relative_difference, verify
+from release.verify import main as verify_main
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = ["The bell in the crypt is cracked and the rope is wet.", "Water slides over the sluice wheel."] * 20
+
+
+def write_export(folder, padding=0, **overrides):
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(TEXTS, 300)
+    ids = {f"{kind}_token_id": tokenizer.eos_token_id for kind in ("bos", "eos", "pad")}
+    rows = len(tokenizer) + padding
+    config = GPTScratchConfig.preset("tiny", vocab_size=rows, **ids, **overrides)
+    config.initializer_range = 0.1  # logits of order one, so that a tolerance means something
+    GPTScratchForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_export(tmp_path / "export")
+
+
+def logits_of(model):
+    ids = torch.randint(0, 299, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def test_the_stock_folder_needs_no_code_of_ours(folder, tmp_path):
+    (folder / "README.md").write_text('pipeline("text-generation", model="x", trust_remote_code=True)')
+    export([str(folder), "--stock", str(tmp_path / "stock")])
+    names = {path.name for path in (tmp_path / "stock").iterdir()}
+    assert not [name for name in names if name.endswith(".py")]
+    assert {"model.safetensors", "generation_config.json", "tokenizer.json", "README.md"} <= names
+    config = json.loads((tmp_path / "stock" / "config.json").read_text())
+    assert config["architectures"] == ["GPT2LMHeadModel"] and "auto_map" not in config
+    assert "trust_remote_code" not in (tmp_path / "stock" / "README.md").read_text()
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
+    assert type(stock) is GPT2LMHeadModel
+    ours = GPTScratchForCausalLM.from_pretrained(folder)
+    # The same sums in float32, in another order.
+    torch.testing.assert_close(logits_of(stock), logits_of(ours), rtol=0, atol=1e-5)
+    chat = [{"role": "user", "content": "The bell"}, {"role": "assistant", "content": "is cracked"}]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "stock")
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "The bell\nis cracked"
+
+
+@pytest.mark.parametrize("overrides", [{}, {"n_inner": 96}, {"tie_word_embeddings": False}], ids=str)
+def test_a_gguf_file_gives_the_same_logits_when_it_is_read_back(tmp_path, overrides):
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    folder = write_export(tmp_path / "export", **overrides)
+    (outcome,) = verify(folder, ["gguf"])
+    assert outcome.status == "ok", outcome
+    assert outcome.same_tokens == 12
+
+
+def test_a_gguf_file_names_the_rows_that_only_pad_the_vocabulary(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    export_gguf(write_export(tmp_path / "checkpoint", padding=20), tmp_path / "crypt.gguf")
+    fields = gguf.GGUFReader(tmp_path / "crypt.gguf").fields
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    assert kinds.count(gguf.TokenType.UNUSED) == 20
+    assert kinds[299] == gguf.TokenType.CONTROL
+    assert fields["tokenizer.ggml.tokens"].contents()[300] == "[PAD300]"
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 299
+    assert fields["gpt2.context_length"].contents() == 128
+
+
+def test_a_tokenizer_that_llama_cpp_would_take_for_another_is_refused(folder, tmp_path):
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    words = {"<|endoftext|>": 0, **{f"w{number}": number for number in range(1, 300)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    with pytest.raises(ReleaseError, match="WordLevel after Whitespace, not GPT-2's byte-level BPE"):
+        export_gguf(folder, tmp_path / "out")
+    assert not (tmp_path / "out" / "model.gguf").exists()
+
+
+def test_torchao_folders_load_with_quantised_projections(folder, tmp_path):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    export_torchao(folder, tmp_path / "int8")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+    assert type(model.transformer.h[0].attn.q_proj.weight.data) is not torch.Tensor
+    expected = logits_of(GPTScratchForCausalLM.from_pretrained(folder))
+    # Eight bits keep a weight to 1/254 of its row's largest; two blocks add that up to well under 5 %.
+    assert 0 < (logits_of(model) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_nothing_is_overwritten_and_nothing_half_written_stays(folder, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="is not an empty folder, and nothing is overwritten"):
+        export([str(folder), "--stock", str(tmp_path / "mine")])
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SystemExit, match=r"(?s)is not a whole export.*model.safetensors is missing"):
+        export([str(folder), "--stock", str(tmp_path / "new")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "mine"]
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+
+
+def test_what_cannot_be_exported_says_what_to_do(folder, tmp_path):
+    export_stock(folder, tmp_path / "stock")
+    with pytest.raises(ReleaseError, match=r"of the type 'gpt2', not gpt_scratch.*--from_gpt2"):
+        export_stock(tmp_path / "stock", tmp_path / "again")
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(ReleaseError, match="an adapter without its base"):
+        export_stock(folder, tmp_path / "again")
+
+
+def test_verify_finds_a_folder_whose_code_computes_something_else(folder, capsys):
+    """The reference is this repository's code: a release whose folder carries another must not pass."""
+    code = folder / "modeling_gpt_scratch.py"
+    changed, count = re.subn(r"self\.ln_f\(", "1.01 * self.ln_f(1.0 * ", code.read_text(), count=1)
+    assert count == 1
+    code.write_text(changed.replace("1.01 * self.ln_f(1.0 * ", "1.01 * self.ln_f("))
+    with pytest.raises(SystemExit, match="remote-code failed"):
+        verify_main([str(folder), "--only", "remote-code", "stock"])
+    table = capsys.readouterr().out
+    assert re.search(r"remote-code +FAILED +1.0e-02 .* more than 1e-06", table)
+    assert re.search(r"stock +ok", table)
+
+
+@pytest.mark.slow
+def test_verify_names_what_is_not_installed_and_how_to_get_it(folder):
+    hidden = "import sys; sys.modules.update(dict.fromkeys(['gguf', 'llama_cpp', 'onnxruntime', 'torchao']))"
+    program = f"{hidden}; from release.verify import main; main(sys.argv[1:])"
+    consumers = ["gguf", "llama.cpp", "onnx", "torchao-int8", "stock"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder), "--only", *consumers],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    for name, package in (("gguf", "gguf"), ("llama.cpp", "llama-cpp-python"), ("torchao-int8", "torchao")):
+        assert re.search(rf"{re.escape(name)} +not installed .*pip install {package}", done.stdout), (
+            done.stdout
+        )
+    assert re.search(r"onnx +not installed .*pip install onnx onnxscript onnxruntime", done.stdout)
+    assert re.search(r"stock +ok", done.stdout)
+
+
+def test_a_difference_is_measured_where_the_words_probabilities_are():
+    """A constant added to all words of a position changes nothing; a number that is none changes all."""
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).double().numpy()
+    assert relative_difference(logits + 7.0, logits) < 1e-12
+    assert relative_difference(1.01 * logits, logits) == pytest.approx(0.01)
+    assert not relative_difference(logits * float("nan"), logits) <= 1.0
+
+
+@pytest.mark.slow
+def test_every_consumer_that_is_installed_takes_an_export(folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "release.verify", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    for name in CONSUMERS:
+        assert re.search(rf"^{re.escape(name)} +(ok|not installed)", done.stdout, re.MULTILINE), done.stdout
