@@ -67,6 +67,13 @@ def run(*arguments, **options):
     )
 
 
+def test_a_worker_loads_neither_torch_nor_transformers(tmp_path):
+    """They took longer to load than a part takes to encode, in every task of a cluster."""
+    code = "import sys, data.engine; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_the_number_of_workers_changes_no_byte(tmp_path, tokenizer_folder):
     source = write_files(tmp_path / "source")
     for workers in ("1", "3"):
