@@ -180,6 +180,14 @@ def test_a_killed_run_goes_on_to_the_same_end_bit_for_bit(rooms, bases, finished
     assert_same_run(run, finished)
 
 
+def test_a_checkpoint_is_a_base_too(rooms, finished, tmp_path):
+    base = latest_checkpoint(finished)
+    finetune_here(**{**flags(rooms, base, tmp_path / "run"), "model": base}, max_steps=1, eval_every_steps=1)
+    told = [json.loads((run / "finetuning.json").read_text()) for run in (finished, tmp_path / "run")]
+    # `finished` exported its last weights: what one ended with, the other begins with.
+    assert told[1]["before"]["rooms"] == pytest.approx(told[0]["after"]["rooms"], rel=1e-6)
+
+
 def test_stock_gpt2_is_converted_and_other_models_stay_what_they_are(rooms, bases, tmp_path, capsys):
     for base, expected in (("gpt2", "gpt_scratch"), ("llama", "llama")):
         dropout = 0 if base == "llama" else 0.1
@@ -205,6 +213,9 @@ def test_lora_leaves_an_adapter_and_merging_changes_no_logit(rooms, bases, tmp_p
     finetune_here(**settings)
     export, checkpoint = run / "export", load_file(latest_checkpoint(run) / "model.safetensors")
     assert (export / "adapter_model.safetensors").exists() and not (export / "model.safetensors").exists()
+    assert not (
+        export / "README.md"
+    ).exists()  # PEFT's is a form to fill in, and release.card would respect it
     assert all("lora_" in name for name in checkpoint)  # the base is not saved again and again
     adapted = AutoModelForCausalLM.from_pretrained(export)
     expected = logits_of(adapted, tokenizer)

@@ -50,8 +50,8 @@ def attach_lora(settings: FinetuneSettings, model: Any) -> Any:
         # Stock GPT-2's layers are transposed.
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
+    model.name_or_path = base  # which PEFT writes down
     adapted = peft.get_peft_model(model, config)
-    config.base_model_name_or_path = base
     return adapted
 
 

@@ -90,7 +90,10 @@ def export_model(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        exported.save_pretrained(temporary, state_dict=state_dict)
+        # PEFT would look for the base, even on the Hub, to see whether its vocabulary grew: here it does not.
+        options = {"save_embedding_layers": False} if is_adapted(bare) else {}
+        exported.save_pretrained(temporary, state_dict=state_dict, **options)
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's card is an empty form
         generation_config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         for path in temporary.rglob("*"):  # safetensors files come out readable by their owner alone
