@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if settings.method == "lora":
                 model = attach_lora(settings, model)
         train(settings, model, tokenizer, train_set, eval_set, collate_dungeons, objective)
+        start_processes().wait_for_everyone()  # the main one exports
         if Path(settings.run_dir, "export").exists():  # not stopped before its end
             finish_export(settings, tokenizer, model.generation_config)
             report(settings, tokenizer, rooms["validation"], texts)

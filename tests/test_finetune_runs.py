@@ -180,6 +180,23 @@ def test_a_killed_run_goes_on_to_the_same_end_bit_for_bit(rooms, bases, finished
     assert_same_run(run, finished)
 
 
+@pytest.mark.slow
+def test_two_processes_take_the_same_steps_as_one_and_both_reach_the_end(rooms, bases, tmp_path):
+    """Once the second looked for the export before the first had written it, and ended the run."""
+    settings = {"method": "distill", "teacher": bases / "teacher", "dropout": 0, "max_steps": 3}
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launcher += ["--config_file", str(ROOT / "accelerate_configs" / "ddp.yaml"), "--num_processes", "2"]
+    toy = {**TOY, **flags(rooms, bases, tmp_path / "two"), **settings}
+    command = [*launcher, str(ROOT / "finetune.py"), *as_flags(toy)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    finetune_here(**flags(rooms, bases, tmp_path / "one"), **settings)
+    for one, two in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(two, rel=1e-4)  # float32 sums in another order
+    told = [json.loads((tmp_path / run / "finetuning.json").read_text()) for run in ("one", "two")]
+    assert told[0]["after"]["rooms"] == pytest.approx(told[1]["after"]["rooms"], rel=1e-4)
+
+
 def test_a_checkpoint_is_a_base_too(rooms, finished, tmp_path):
     base = latest_checkpoint(finished)
     finetune_here(**{**flags(rooms, base, tmp_path / "run"), "model": base}, max_steps=1, eval_every_steps=1)
