@@ -172,7 +172,7 @@ def train(
     stop = ""
     model.train()  # once: what looks at the model puts it back
     with closing(journal), interruptions, closing(writer):
-        journal.begin(state, chosen, parameters)
+        journal.begin(state, chosen, parameters, len(eval_set))  # type: ignore[arg-type]
         while state.step < length.max_steps and not stop and not patience.is_over:
             learning_rate = set_learning_rate(optimizer, state.step, length.settings)
             batches = [to_device(batch, device) for batch in islice(micro_batches, accumulation)]

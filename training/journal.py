@@ -67,7 +67,7 @@ class Journal:
         self._elapsed_before, self._began = state.elapsed_seconds, time.monotonic()
         self._first_step, self._seconds, self._marked = state.step, dict[str, float](), self._began
 
-    def begin(self, state: TrainState, chosen: str, parameters: int) -> None:
+    def begin(self, state: TrainState, chosen: str, parameters: int, validation_rows: int) -> None:
         """Say and note that training starts or goes on; `chosen` is where and how it computes."""
         machine, processes = self._machine, self._accelerator.num_processes
         batch = describe_batch(self._length.settings, processes)
@@ -82,6 +82,7 @@ class Journal:
             step=state.step,
             processes=processes,
             parameters=parameters,
+            validation_rows=validation_rows,
             device=machine.device,
             peak_tflops=round(machine.peak_flops / 1e12, 3),
             peak_source=machine.peak_source,

@@ -1,5 +1,6 @@
 """How much memory there is, how much was taken, and by what."""
 
+import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,8 @@ def available_memory(device: torch.device) -> float:
     if device.type == "mps":
         return float(torch.mps.recommended_max_memory())
     own = _status("VmRSS")
-    limits = [_meminfo("MemAvailable") + own]
+    # The processes of one machine share what is left.
+    limits = [_meminfo("MemAvailable") / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + own]
     for path in CGROUP_LIMITS:
         try:
             limits.append(float(Path(path).read_text()))

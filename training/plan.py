@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -211,7 +212,8 @@ def memory_parts(state: TrainState, probe: TrainSettings, device: torch.device) 
         "Python, libraries, kernels": max(0.0, peak - known),
     }
     if device.type == "cpu":  # elsewhere the copy lies in the host's memory, not in the device's
-        parts["copy for checkpoints"] = float(weights + optimizer)
+        kept = [*model.parameters(), *model.buffers(), *moments]  # sharded or not, one process gathers all
+        parts["copy for checkpoints"] = float(sum(t.numel() * t.element_size() for t in kept))
     return parts
 
 
@@ -255,6 +257,7 @@ def _plan(
     per_probe_step = statistics.median(map(seconds_of, timed))
     per_step = per_probe_step * settings.batch_tokens / probe.batch_tokens
     processes, seconds = started["processes"], ended["seconds"]
+    whole_set = started["validation_rows"] * settings.block_size
     wanted = settings.max_steps
     if settings.budget_tokens:
         wanted = min(wanted, settings.budget_tokens // settings.batch_tokens)
@@ -266,8 +269,8 @@ def _plan(
         "training": wanted * per_step,
         "validation": times(settings.eval_every_steps)
         * seconds.get("validation", 0.0)
-        * settings.eval_tokens
-        / probe.eval_tokens,
+        * min(settings.eval_tokens, whole_set)
+        / min(probe.eval_tokens, whole_set),
         "samples": times(settings.sample_every_steps) * seconds.get("samples", 0.0),
         "HellaSwag": times(settings.hellaswag_every_steps)
         * seconds.get("hellaswag", 0.0)
@@ -330,7 +333,8 @@ def _refuse_what_is_too_large(parameters: int, processes: Any) -> None:
     """Before anything is allocated: weights, gradients and moments alone."""
     available = available_memory(processes.device)
     needed = BYTES_PER_PARAMETER * parameters
-    is_sharded = Accelerator().distributed_type.value == "FSDP"
+    # Not asked of an Accelerator: the first one settles the precision of all.
+    is_sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if needed / (processes.num_processes if is_sharded else 1) > available:
         least = math.ceil(needed / (0.8 * available))
         raise SettingsError(
