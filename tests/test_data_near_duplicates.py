@@ -63,10 +63,11 @@ def test_near_duplicates_go_whatever_the_workers_and_none_crosses_the_split(tmp_
         assert all(len(mine & other) < 0.2 * len(mine) for other in known)
 
 
-def test_an_interrupted_search_goes_on_and_ends_the_same(tmp_path, tokenizer_folder, monkeypatch):
+@pytest.mark.slow
+def test_an_interrupted_search_goes_on_and_ends_the_same(tmp_path, tokenizer_folder):
     """The clustering fails once; signatures and pairs are kept."""
     write_pages(tmp_path / "source")
-    settings = dict(source=str(tmp_path / "source"), tokenizer=tokenizer_folder, near_deduplicate=True)
+    settings = {"source": str(tmp_path / "source"), "tokenizer": tokenizer_folder, "near_deduplicate": True}
     whole = prepare(PrepareSettings(output=str(tmp_path / "whole"), **settings), progress=False)
     (tmp_path / "cut" / ".work" / "near").mkdir(parents=True)
     (tmp_path / "cut" / ".work" / "near" / "remove").write_text("in the way")
