@@ -13,7 +13,7 @@ BASE=${BASE:-artifacts/runs/demo/export}
 RECIPE=${RECIPE:-recipes/dungeons_demo.yaml}
 OUT=${OUT:-artifacts/bakeoff}
 # The budget of each: so many steps of the recipe's batch.
-STEPS=${STEPS:-120}
+STEPS=${STEPS:-200}
 # Rooms from elsewhere: JSON lines with a column `text`. Without any, that row is left out.
 OTHER=${OTHER:-}
 # A larger model with the base's vocabulary. Without one, the best run so far stands in.
