@@ -21,7 +21,7 @@ from data.general_text import general_texts, shards_beside
 from data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from evaluation.forgetting import as_table, measure_both
 from modeling_gpt_scratch import GPTScratchForCausalLM
-from train_accelerate import train
+from train_accelerate import plan_or_run, train
 from training.adapters import BASE_FOLDER, attach_lora, is_adapter, with_adapter
 from training.base import context_of, load_base, will_be_converted, writing_config
 from training.device import start_processes
@@ -50,9 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             objective = build_objective(settings, model, tokenizer)
             if settings.method == "lora":
                 model = attach_lora(settings, model)
-        train(settings, model, tokenizer, train_set, eval_set, collate_dungeons, objective)
+        run = partial(train, tokenizer=tokenizer, train_set=train_set, eval_set=eval_set, objective=objective)
+        plan_or_run(settings, lambda: model, partial(run, collate=collate_dungeons), script=__file__)
         start_processes().wait_for_everyone()  # the main one exports
-        if Path(settings.run_dir, "export").exists():  # not stopped before its end
+        if not settings.plan and Path(settings.run_dir, "export").exists():  # not stopped before its end
             finish_export(settings, tokenizer, model.generation_config)
             report(settings, tokenizer, rooms["validation"], texts)
     except SettingsError as error:
