@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,6 @@ from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
 from release.folder import ReleaseError
 from release.push import push_in_background
 from tests.hub_server import HubServer
-from tests.training_toys import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "hf_" + "secret" * 5
@@ -247,8 +247,10 @@ def test_what_the_hub_refuses_is_said_without_the_token(run, tmp_path):
 
 def test_without_a_network_it_says_so_and_changes_nothing_here(run, tmp_path):
     before = contents_of(run)
-    gone = environment(f"http://127.0.0.1:{free_port()}", tmp_path)
-    pushed = push(run / "export", gone, "--retries", "1")
+    with socket.socket() as deaf:  # bound, so that nobody else gets the port; it listens to nobody
+        deaf.bind(("127.0.0.1", 0))
+        gone = environment(f"http://127.0.0.1:{deaf.getsockname()[1]}", tmp_path)
+        pushed = push(run / "export", gone, "--retries", "1")
     assert pushed.returncode == 1
     assert "trying again in 1 s" in pushed.stdout
     assert "cannot be reached" in pushed.stderr and "Nothing on this machine was changed" in pushed.stderr
