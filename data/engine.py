@@ -6,9 +6,12 @@ temporary name that nothing reads. The results do not depend on how many tasks r
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import socket
+import sys
+import types
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -178,7 +181,21 @@ def start_early() -> None:
     """Let the server that workers are forked from load this module while the caller does other things."""
     # Each worker would take seconds to do it itself.
     multiprocess.set_forkserver_preload([__name__])
-    multiprocess.forkserver.ensure_running()
+    with _no_main_module():
+        multiprocess.forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Workers start by importing the program that was started, and torch with it; they need this module
+    alone.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def threads_of_each(workers: int, parts: list[Part]) -> int:
@@ -196,10 +213,10 @@ def encode_locally(job: Job, *, workers: int, progress: bool) -> list[Path]:
     owner = (socket.gethostname(), os.getpid())
     *before, encoding = stages(job, threads, owner)
     for stage in before:
-        with Watch(stage.name, stage.tasks, progress):
+        with Watch(stage.name, stage.tasks, progress), _no_main_module():
             _executor(stage, workers).run()
     at_once = len(job.parts) if job.limit_tokens is None else min(workers, len(job.parts))
-    with Watch(encoding.name, encoding.tasks, progress):
+    with Watch(encoding.name, encoding.tasks, progress), _no_main_module():
         for first in range(0, len(job.parts), at_once):
             _executor(encoding, workers, first, min(at_once, len(job.parts) - first)).run()
             done = job.folders[: first + at_once]

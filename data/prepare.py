@@ -88,11 +88,11 @@ def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
 
 def _prepare(settings: PrepareSettings, output: Path, work: Path, clock: Clock, progress: bool) -> Manifest:
     """All stages."""
-    if settings.executor == "local":
-        start_early()
     questions = _questions(settings, work)  # a wrong file is better known now than after an hour
     spec = _gather(settings.spec(), work)
     parts = _list_parts_once(spec, work)
+    if settings.executor == "local" and min(_workers(settings), len(parts)) > 1:
+        start_early()
     tokenizer = _make_tokenizer(settings, spec, output)
     tokenizer_file = (work / "encoder.json").absolute()
     write_atomically(tokenizer_file, tokenizer.backend_tokenizer.to_str().encode())
