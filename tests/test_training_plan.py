@@ -94,7 +94,7 @@ def test_a_plan_says_memory_time_and_money_and_touches_nothing(shards, tmp_path,
 
 @pytest.mark.slow
 def test_a_plan_knows_the_memory_of_the_run_to_a_tenth(shards, tmp_path):
-    """Of the process at its highest, after a validation, samples and checkpoints. Measured: within 3%.
+    """Of the process at its highest, after a validation, samples and checkpoints.
 
     Weights and moments are a third of it here, so that leaving out any part would show.
     """
