@@ -7,7 +7,6 @@ mixture, and a push that was killed is simply repeated.
 import argparse
 import re
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -205,57 +204,6 @@ def _explain(error: Exception, repo_id: str, endpoint: str, token: str) -> str:
             "again; what was uploaded is not uploaded twice."
         )
     return f"The push to {repo_id} failed ({type(error).__name__}: {what}). {safe}"
-
-
-class BackgroundPush:
-    """A push under way in a thread; made by `push_in_background`."""
-
-    def __init__(self, work: Callable[[], str], warn: Callable[[str], object]):
-        self.url: str | None = None  # of the commit, once it is there
-        self._work, self._warn = work, warn
-        # A daemon: a Hub that does not answer must not keep the program from ending.
-        self._thread = threading.Thread(target=self._run, name="push to the Hub", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self.url = self._work()
-        except Exception as error:
-            self._warn(f"Not pushed to the Hub: {error}")
-
-    @property
-    def is_running(self) -> bool:
-        return self._thread.is_alive()
-
-    def finish(self, timeout_seconds: float | None = None) -> str | None:
-        """Wait for it; the commit's address, or None if it failed or is still not there. Never raises."""
-        self._thread.join(timeout_seconds)
-        if self.is_running:
-            self._warn(f"The push to the Hub was not done after {timeout_seconds:g} s and is left alone.")
-        return self.url
-
-
-def push_in_background(
-    folder: Path | str,
-    repo_id: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    token: str | None = None,
-    retries: int = RETRIES,
-    warn: Callable[[str], object] = print,
-) -> BackgroundPush:
-    """`push`, without waiting and without ever raising: what goes wrong is told to `warn`, in words.
-
-    `warn` is called from another thread. A folder that disappears meanwhile is only one more failure.
-    """
-
-    def work() -> str:
-        return push(
-            folder, repo_id, private=private, revision=revision, token=token, retries=retries, say=warn
-        )
-
-    return BackgroundPush(work, warn)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,8 +15,9 @@ import torch
 
 from data.tokenizer import train_tokenizer
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
+from release.background import HubPushes, push_in_background
 from release.folder import ReleaseError
-from release.push import push_in_background
+from release.push import push as push_here
 from tests.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,8 +195,6 @@ def test_only_the_models_own_files_go_out(run, tmp_path):
 
 def refusal(folder, capture, name="user/crypt", **settings):
     """What `push` says, in this process: nothing here may reach the network."""
-    from release.push import push as push_here
-
     with pytest.raises(ReleaseError) as caught:
         push_here(folder, name, say=capture.append, **settings)
     return str(caught.value)
@@ -275,7 +274,7 @@ def test_a_push_in_the_background_never_stops_its_caller(run):
 
 IN_THE_BACKGROUND = """
 import sys, time
-from release.push import push_in_background
+from release.background import push_in_background
 began = time.monotonic()
 push = push_in_background(sys.argv[1], "user/crypt")
 assert time.monotonic() - began < 1, "the caller was made to wait"
@@ -305,3 +304,48 @@ def test_a_push_in_the_background_arrives_and_a_hub_that_hangs_keeps_nobody(run,
     assert hanging.returncode == 0, hanging.stderr
     assert "was not done after 3 s" in hanging.stdout and "True None" in hanging.stdout
     assert f"True {hub.url}/user/crypt/commit/{head}" in arrived.stdout, arrived.stdout + arrived.stderr
+
+
+OF_A_RUN = """
+import json, sys
+from release.background import HubPushes
+told = []
+pushes = HubPushes("user/crypt", private=True, warn=told.append)
+began = [pushes.checkpoint(sys.argv[1]) for _ in range(3)]
+address = pushes.finish(sys.argv[2])
+print(json.dumps({"began": began, "address": address, "told": told}))
+"""
+
+
+@pytest.mark.slow
+def test_a_runs_checkpoints_go_up_one_at_a_time_and_the_export_last(run, tmp_path):
+    checkpoint = run / "checkpoints" / "step-0000002"
+    shutil.copytree(run / "export", checkpoint)
+    (checkpoint / "optimizer.safetensors").write_bytes(b"private")
+    (checkpoint / "tokenizer_config.json").write_text("{}")
+    with HubServer({}, token=TOKEN) as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", OF_A_RUN, str(checkpoint), str(run / "export")],
+            cwd=ROOT,
+            env=environment(hub, tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["began"] == [True, False, False]
+        assert found["address"].endswith(hub.heads["user/crypt", "main"]), found
+        first, last = hub.snapshots.values()
+    assert first["tokenizer_config.json"] == b"{}" and "optimizer.safetensors" not in first
+    assert last["tokenizer_config.json"] == (run / "export" / "tokenizer_config.json").read_bytes()
+    assert "training/metrics.jsonl" in first and "training/metrics.jsonl" in last
+    assert found["told"] == ["Stays here: optimizer.safetensors"]
+
+
+def test_a_run_without_a_network_ends_as_if_it_had_one(run):
+    told = []
+    pushes = HubPushes("user/crypt", warn=told.append, retries=0)
+    pushes.checkpoint(run / "export")
+    assert pushes.finish(run / "export", timeout_seconds=60) is None
+    assert told and all(text.startswith("Not pushed to the Hub: ") for text in told)
