@@ -78,8 +78,8 @@ class TrainSettings:
     muon_weight_decay: float = setting(0.01, "decay of the matrices under Muon", at_least=0, changes_run=True)
     ema_decay: float = setting(
         0.0,
-        "keep, validate and export an exponential moving average of the weights too; 0 is none, 0.999 averages "
-        "about a thousand steps",
+        "keep, validate and export an exponential moving average of the weights too; 0 is none, 0.999 "
+        "averages about a thousand steps",
         at_least=0,
         changes_run=True,
     )
