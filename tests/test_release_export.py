@@ -16,8 +16,8 @@ from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
 from release.export import export_gguf, export_stock, export_torchao
 from release.export import main as export
 from release.folder import ReleaseError
-from release.verify import CONSUMERS, relative_difference, verify
 from release.verify import main as verify_main
+from release.verify import relative_difference, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["The bell in the crypt is cracked and the rope is wet.", "Water slides over the sluice wheel."] * 20
@@ -169,17 +169,3 @@ def test_a_difference_is_measured_where_the_words_probabilities_are():
     assert relative_difference(logits + 7.0, logits) < 1e-12
     assert relative_difference(1.01 * logits, logits) == pytest.approx(0.01)
     assert not relative_difference(logits * float("nan"), logits) <= 1.0
-
-
-@pytest.mark.slow
-def test_every_consumer_that_is_installed_takes_an_export(folder):
-    done = subprocess.run(
-        [sys.executable, "-m", "release.verify", str(folder)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    for name in CONSUMERS:
-        assert re.search(rf"^{re.escape(name)} +(ok|not installed)", done.stdout, re.MULTILINE), done.stdout
