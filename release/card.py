@@ -35,6 +35,8 @@ RECIPE_SETTINGS = {
     "mixed_precision": "precision",
     "seed": "seed",
 }
+# What finetune.py measures before and after.
+FINETUNING_TEXTS = {"rooms": "held-out rooms", "general": "other text"}
 SAMPLES_SHOWN = 3
 
 
@@ -62,7 +64,8 @@ def build_card(
         MARK,
         f"# {name.rpartition('/')[2]}",
         _summary(record),
-        _load(record, repo_id or str(folder)),
+        # A path of this machine is nobody else's business.
+        _load(record, repo_id or (folder.name if folder.is_absolute() else str(folder))),
         _prompt_format(record),
         _results(record),
         _curve(folder, run),
@@ -176,10 +179,10 @@ def _results(record: Record) -> str:
                 f"{part:.2%}, 95% interval {low:.2%} to {high:.2%}",
             )
         )
-    for name, numbers in record.finetuning.items():
+    for name, numbers in record.finetuning.items():  # "before", "after"
         if isinstance(numbers, dict):
             rows += [
-                (f"{name} fine-tuning: {key.replace('_', ' ')}", f"{value:.4g}")
+                (f"{FINETUNING_TEXTS.get(key, key)}, bits per byte, {name} fine-tuning", f"{value:.4f}")
                 for key, value in numbers.items()
                 if is_number(value)
             ]
@@ -274,7 +277,8 @@ def _reproduce(record: Record) -> str:
         f"## Reproduce it\n\nAll settings are in `{RUN_FOLDER}/settings.yaml`, every step's numbers in "
         f"`{RUN_FOLDER}/metrics.jsonl`. In a checkout of gpt-scratch:\n\n```bash\naccelerate launch {script} "
         "--config settings.yaml --run_dir artifacts/runs/again\n```\n\nThe order of the data is a function "
-        "of the seed; on the same hardware, data and versions the run repeats itself bit for bit."
+        "of the seed; on the same hardware, data and versions the run repeats itself: bit for bit on a CPU, "
+        "and on a GPU as far as its kernels do (`--deterministic true`)."
     )
 
 

@@ -131,7 +131,11 @@ def test_a_dungeon_export_says_how_it_wants_to_be_asked(run):
     settings = {"field_dropout": 0.2, "export_best": True, "data": ["/home/someone/private/rooms"]}
     settings["model"] = "artifacts/runs/demo/export"
     (run / "settings.yaml").write_text(yaml.safe_dump(settings))
+    told = {"before": {"rooms": 2.5405, "general": 2.1}, "after": {"rooms": 1.25, "general": 2.6}}
+    (run / "finetuning.json").write_text(json.dumps(told))
     card = card_of(run)
+    assert "| held-out rooms, bits per byte, after fine-tuning | 1.2500 |" in card
+    assert "| other text, bits per byte, before fine-tuning | 2.1000 |" in card
     prompt = build_prompt(setting="crypt", features=["cracked bell", "wet rope"])
     assert f"```text\n{prompt}\n```" in card
     assert DUNGEON_FIELDS == FIELDS
