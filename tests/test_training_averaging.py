@@ -1,6 +1,7 @@
 """The average of the weights, and the schedule that holds its rate."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -87,5 +88,5 @@ def test_a_trapezoidal_rate_stays_up_and_comes_down_linearly():
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert set(rates[10:51]) == {1.0}
     assert rates[75] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
-    falls = [early - late for early, late in zip(rates[50:], rates[51:], strict=False)]
+    falls = [early - late for early, late in pairwise(rates[50:])]
     assert falls == pytest.approx([0.9 / 50] * 50)

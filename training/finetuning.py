@@ -16,8 +16,7 @@ class FinetuneSettings(TrainSettings):
     # Base
     model: str = setting(
         "artifacts/runs/demo/export",
-        "what to start from: a folder or a Hub id; stock GPT-2 is converted, others stay as they "
-        "are",
+        "what to start from: a folder or a Hub id; stock GPT-2 is converted, others stay as they are",
         changes_run=True,
     )
     convert: str = setting(
