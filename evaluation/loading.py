@@ -26,7 +26,10 @@ def load_causal_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+            name,
+            dtype=DTYPES[dtype],
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,  # nothing from elsewhere is unpickled
         )
     except (OSError, ValueError) as error:
         raise ValueError(

@@ -46,7 +46,10 @@ def load_base(settings: FinetuneSettings, convert: Callable[..., Any]) -> Any:
         elif settings.dropout:
             raise SettingsError(f"--dropout {settings.dropout} is for GPT-2s, not for {settings.model}")
         return AutoModelForCausalLM.from_pretrained(
-            settings.model, trust_remote_code=settings.trust_remote_code, **options
+            settings.model,
+            trust_remote_code=settings.trust_remote_code,
+            use_safetensors=True,  # nothing from elsewhere is unpickled
+            **options,
         )
     except (OSError, ImportError) as error:
         raise SettingsError(f"--model {settings.model} cannot be loaded: {error}") from error

@@ -157,7 +157,10 @@ def build_distillation(settings: FinetuneSettings, model: Any, vocabulary: int) 
     """
     try:
         teacher = AutoModelForCausalLM.from_pretrained(
-            settings.teacher, dtype="auto", trust_remote_code=settings.trust_remote_code
+            settings.teacher,
+            dtype="auto",
+            trust_remote_code=settings.trust_remote_code,
+            use_safetensors=True,  # nothing from elsewhere is unpickled
         )
     except (OSError, ImportError) as error:
         raise SettingsError(f"--teacher {settings.teacher} cannot be loaded: {error}") from error
