@@ -175,6 +175,26 @@ def kill_tree(process):
     process.wait()
 
 
+def test_nothing_of_a_killed_preparation_stays_behind(tmp_path, tokenizer_folder):
+    """A server process of datatrove's did, for good, once for each kill."""
+    source = write_files(tmp_path / "source", files=4, documents=2000)
+    process = subprocess.Popen(
+        command(source, tmp_path / "out", tokenizer_folder, "--workers", "2"),
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    family: list[psutil.Process] = []
+    while len(family) < 4:  # the server of counters, the workers' own server, two workers
+        assert process.poll() is None, "it ended before its workers were seen"
+        family = psutil.Process(process.pid).children(recursive=True)
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    gone, alive = psutil.wait_procs(family, timeout=60)
+    assert not [member for member in alive if member.status() != psutil.STATUS_ZOMBIE], (gone, alive)
+
+
 def seen_below(folder):
     """What a preparation has done to its files so far: a rewritten one counts again.
 
