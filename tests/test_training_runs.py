@@ -235,7 +235,9 @@ def test_two_processes_take_the_same_steps_as_one(finished, shards, tmp_path):
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("recipe", ["gpt2_124m", "gpt2_350m", "gpt2_774m", "gpt2_1558m", "speed_124m", "demo"])
+@pytest.mark.parametrize(
+    "recipe", ["gpt2_124m", "gpt2_350m", "gpt2_774m", "gpt2_1558m", "speed_124m", "demo"]
+)
 def test_every_recipe_takes_steps_at_toy_size(shards, tmp_path, recipe):
     """Sizes are the toy's; all else, such as activation checkpointing, is the recipe's."""
     keys = ("block_size", "n_layer", "n_head", "n_embd", "batch_tokens", "micro_batch_size", "eval_tokens")
