@@ -468,7 +468,7 @@ def test_the_receipts_time_is_that_of_all_runs_together(tmp_path, tokenizer_fold
     (obstacle.parent / "elapsed_seconds").write_text(f"{1000 + first:.1f}")  # as after a long first run
     folder = prepare(settings, progress=False)
     seconds = read_manifest(folder).elapsed_seconds
-    assert 1000 + first < seconds <= 1000 + time.monotonic() - started + 0.2
+    assert round(1000 + first, 1) <= seconds <= 1000 + time.monotonic() - started + 0.2  # kept in tenths
 
 
 def test_a_killed_runs_time_is_noted_while_it_works(tmp_path):
