@@ -90,7 +90,7 @@ class PrepareSettings:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """One flag a field; those without a default are None when not given."""
     for item in fields(PrepareSettings):
-        text = item.metadata["help"]
+        text = item.metadata["help"].replace("%", "%%")  # argparse formats it
         default = None if item.default is MISSING else item.default
         if item.type == "bool":
             parser.add_argument(

@@ -462,3 +462,14 @@ def test_a_document_larger_than_a_shard_gets_its_own(tmp_path, tokenizer_folder)
     assert [entry.documents for entry in manifest.shards] == [1, 1, 2]
     assert decoded(folder, "train") == texts
     assert np.dtype(manifest.dtype) == np.uint16
+
+
+def test_help_shows_every_setting(capsys):
+    """A per cent sign in a help text once ended `--help` with a traceback: argparse formats these texts."""
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "1% but at most" in " ".join(shown.split())
+    for flag in ("--source", "--near_deduplicate", "--no-deduplicate", "--verify", "--push_to_hub"):
+        assert flag in shown
