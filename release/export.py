@@ -1,4 +1,4 @@
-"""An export in another format: `python -m release.export FOLDER --stock|--onnx|--gguf|--torchao int8 OUT`.
+"""An export in another format: `python -m release.export FOLDER --stock|--onnx|--gguf|--torchao KIND OUT`.
 
 Each starts from the float32 weights of the folder; `python -m release.verify` tries what comes out.
 """
@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
 )
-TORCHAO_KINDS = ("int8",)
+TORCHAO_KINDS = ("int8", "int4")
+INT4_GROUP = 32  # weights of a row that share a scale; torchao's smallest
 
 
 class NotInstalled(ReleaseError):
@@ -176,12 +178,15 @@ def export_gguf(folder: Path, output: Path) -> None:
 
 
 def export_torchao(folder: Path, output: Path, kind: str = "int8") -> None:
-    """A folder whose projections are kept in eight bits, by row; loads with torchao installed.
+    """A folder with quantised projections; loads with torchao installed.
 
-    Embedding and head stay as they are: they are one and the same.
+    `int8` has a scale for each row. `int4` has sixteen levels and a scale for INT4_GROUP weights of a row; a
+    weight still takes a byte, as torchao 0.18 packs two into one on accelerators only. So it shows what four
+    bits cost, and saves no more than eight. Embedding and head stay: they are one and the same.
 
     Raises:
         NotInstalled: without torchao.
+        ReleaseError: for another kind, or a width that is not made of whole groups.
     """
     with _new_folder(output) as temporary:
         quantised, tokenizer = load_torchao(folder, kind)
@@ -194,12 +199,27 @@ def export_torchao(folder: Path, output: Path, kind: str = "int8") -> None:
 def load_torchao(folder: Path, kind: str = "int8") -> tuple[Any, PreTrainedTokenizerBase]:
     """The export with quantised projections, in memory."""
     _require("torchao", pip="torchao")
-    from torchao.quantization import Int8WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
 
     if kind not in TORCHAO_KINDS:
         raise ReleaseError(f"--torchao {kind}: only {', '.join(TORCHAO_KINDS)}")
-    _, tokenizer = load_export(folder)
-    settings = TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    model, tokenizer = load_export(folder)
+    if kind == "int4":
+        widths = {
+            layer.in_features
+            for name, layer in model.named_modules()
+            if isinstance(layer, nn.Linear) and name != "lm_head"
+        }
+        if odd := sorted(width for width in widths if width % INT4_GROUP):
+            raise ReleaseError(
+                f"--torchao int4: {INT4_GROUP} weights of a row share a scale, and rows of {odd[0]} do not "
+                "divide; int8 takes any width"
+            )
+        weights: Any = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(INT4_GROUP))
+    else:
+        weights = Int8WeightOnlyConfig(version=2)
+    settings = TorchAoConfig(weights)
     return GPTScratchForCausalLM.from_pretrained(folder, quantization_config=settings).eval(), tokenizer
 
 
@@ -327,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif arguments.gguf:
         write = export_gguf
     else:
-        write = export_torchao
+        write = partial(export_torchao, kind=arguments.torchao)
     try:
         write(arguments.folder, arguments.output)
     except (ReleaseError, OSError) as error:

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ FLOAT32 = 1e-5  # the same function, its sums in another order
 LLAMA_CPP = 1e-2  # it keeps keys and values in float16
 BFLOAT16 = 5e-2  # eight bits of precision after every operation
 INT8 = 5e-2  # a weight to 1/254 of its row's largest, through some layers
+INT4 = 3e-1  # to 1/30 of its group's range: 9% of the norm of normal weights, through some layers
 
 
 @dataclass(frozen=True)
@@ -238,10 +240,10 @@ def _gguf_file(probe: Probe) -> Path:
     return path
 
 
-def _torchao(probe: Probe) -> Answer:
+def _torchao(probe: Probe, kind: str) -> Answer:
     """Saved and loaded again, as a user would."""
-    export_torchao(probe.folder, probe.work / "int8")
-    return _answer(AutoModelForCausalLM.from_pretrained(probe.work / "int8").eval(), probe.input_ids)
+    export_torchao(probe.folder, probe.work / kind, kind)
+    return _answer(AutoModelForCausalLM.from_pretrained(probe.work / kind).eval(), probe.input_ids)
 
 
 Consumer = Callable[[Probe], Answer]
@@ -253,7 +255,8 @@ CONSUMERS: dict[str, tuple[Consumer, float]] = {
     "onnx": (_onnx, FLOAT32),
     "gguf": (_gguf, FLOAT32),
     "llama.cpp": (_llama_cpp, LLAMA_CPP),
-    "torchao-int8": (_torchao, INT8),
+    "torchao-int8": (partial(_torchao, kind="int8"), INT8),
+    "torchao-int4": (partial(_torchao, kind="int4"), INT4),
 }
 
 

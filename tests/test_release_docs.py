@@ -31,7 +31,7 @@ def test_every_command_of_the_document_works(tmp_path):
     steps = [{"step": n, "tokens": 10 * n, "loss": 5.0 - n, "validation_loss": 4.5} for n in (1, 2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    assert len(LINES) == 8
+    assert len(LINES) == 9
     tables = []
     for line, command in LINES:
         arguments = command.split()
@@ -53,4 +53,4 @@ def test_every_command_of_the_document_works(tmp_path):
     card = (run / "export" / "README.md").read_text()
     assert "license: apache-2.0" in card and "![Training and validation loss](loss.png)" in card
     made = sorted(path.name for path in (tmp_path / "artifacts").iterdir())
-    assert made == ["demo-int8", "demo-onnx", "demo-stock", "demo.gguf", "runs"]
+    assert made == ["demo-int4", "demo-int8", "demo-onnx", "demo-stock", "demo.gguf", "runs"]
