@@ -106,7 +106,7 @@ def test_torchao_folders_load_with_quantised_projections(folder, tmp_path, kind,
     assert type(weight) is not torch.Tensor
     assert int(weight.qdata.abs().max()) in (kept, kept + 1)
     expected = logits_of(GPTScratchForCausalLM.from_pretrained(folder))
-    # A weight is kept to half a step: 1/254 of its row's largest, or 1/30 of its group's range, which is 9% of
+    # A weight is kept to half a step: 1/254 of its row's largest, or 1/30 of its group's range, 9% of
     # the norm of normal weights; two blocks add that up to 0.5% and to 22%.
     allowed = {"int8": 0.05, "int4": 0.3}[kind]
     assert 0 < (logits_of(model) - expected).norm() < allowed * expected.norm()
