@@ -39,7 +39,7 @@ sys.path.insert(0, os.fspath(Path(__file__).resolve().parent.parent))
 
 import tiktoken
 
-from data.encoder import tiktoken_encoding
+from data.encoder import byte_of_character
 from data.loader import build_loader, collate_blocks
 from data.prepare import PrepareSettings, prepare
 from data.shards import TokenBlocks, read_manifest
@@ -191,7 +191,12 @@ def _column(path: Path) -> Iterator[str]:
 
 
 def _encoding(tokenizer: Path) -> tiktoken.Encoding:
-    return tiktoken_encoding(json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8")))
+    """tiktoken with GPT-2's words; the pattern is the one that it ships for GPT-2."""
+    vocab = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    byte_of = byte_of_character()
+    ranks = {bytes(byte_of[c] for c in word): i for word, i in vocab.items() if set(word) <= byte_of.keys()}
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
 # ---- measuring

@@ -44,7 +44,7 @@ def encode_on_slurm(job: Job, settings: PrepareSettings) -> list[Path]:
     if settings.slurm_partition is None:
         raise ValueError("--executor slurm needs --slurm_partition.")
     executor = None
-    for stage in stages(job, CPUS_PER_TASK, owner=None):
+    for stage in stages(job, owner=None):
         executor = SlurmPipelineExecutor(
             stage.steps,
             tasks=len(stage.tasks),
@@ -92,7 +92,7 @@ def encode_on_ray(job: Job, settings: PrepareSettings) -> list[Path]:
     if not ray.is_initialized():
         path = os.pathsep.join(filter(None, [os.fspath(REPOSITORY), os.environ.get("PYTHONPATH")]))
         ray.init(runtime_env={"env_vars": {"PYTHONPATH": path}}, log_to_driver=False)
-    for stage in stages(job, CPUS_PER_TASK, owner=None):
+    for stage in stages(job, owner=None):
         RayPipelineExecutor(
             stage.steps,
             tasks=len(stage.tasks),

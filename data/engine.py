@@ -35,10 +35,10 @@ from data.sources import Part, SourceSpec, read_part
 
 
 @functools.cache
-def encoder_for(tokenizer_file: Path, threads: int, why_slow: str | None) -> FastEncoder:
-    """Made once a process, because it takes as long as a hundred thousand tokens do."""
+def encoder_for(tokenizer_file: Path, why_slow: str | None) -> FastEncoder:
+    """Made once a process, because it takes as long as some million tokens do."""
     content = tokenizer_file.read_text(encoding="utf-8")
-    return FastEncoder(content, threads, checked=True, why_slow=why_slow)
+    return FastEncoder(content, checked=True, why_slow=why_slow)
 
 
 class ReadPart(PipelineStep):
@@ -67,11 +67,9 @@ class EncodePart(PipelineStep):
     name = "encode"
     type = "WRITER"
 
-    def __init__(
-        self, job: Job, threads: int, counts: dict[int, Counter[str]], owner: tuple[str, int] | None
-    ):
+    def __init__(self, job: Job, counts: dict[int, Counter[str]], owner: tuple[str, int] | None):
         super().__init__()
-        self.job, self.threads, self.counts, self.owner = job, threads, counts, owner
+        self.job, self.counts, self.owner = job, counts, owner
 
     def run(
         self, data: Iterable[PipedDocument], rank: int = 0, world_size: int = 1
@@ -84,7 +82,7 @@ class EncodePart(PipelineStep):
                 data,
                 counts,
                 folder,
-                encoder_for(job.tokenizer_file, self.threads, job.why_slow),
+                encoder_for(job.tokenizer_file, job.why_slow),
                 job.end_of_text,
                 limit_tokens=job.limit_tokens,
                 ngrams=load_question_ngrams(job.questions)[0] if job.questions else None,
@@ -131,11 +129,8 @@ class Stage:
     log: Path
 
 
-def stages(job: Job, threads: int, owner: tuple[str, int] | None) -> list[Stage]:
-    """All that leads from the source to encoded parts, in order; the last stage is the encoding.
-
-    `threads` is how many a task of the encoding may use.
-    """
+def stages(job: Job, owner: tuple[str, int] | None) -> list[Stage]:
+    """All that leads from the source to encoded parts, in order; the last stage is the encoding."""
     job.work.joinpath("parts").mkdir(exist_ok=True)
     counts: dict[int, Counter[str]] = {}
     log = job.work / "log"
@@ -167,7 +162,7 @@ def stages(job: Job, threads: int, owner: tuple[str, int] | None) -> list[Stage]
         )
         for folder, part in zip(job.folders, job.parts, strict=True)
     ]
-    steps.append(EncodePart(job, threads, counts, owner))
+    steps.append(EncodePart(job, counts, owner))
     return [*found, Stage("encoding", steps, tasks, log / "encoding")]
 
 
@@ -211,10 +206,6 @@ def _forks_end_with_us() -> None:
         os.register_at_fork(after_in_child=lambda: libc.prctl(set_parent_death_signal, signal.SIGKILL))
 
 
-def threads_of_each(workers: int, parts: list[Part]) -> int:
-    return max(1, (os.cpu_count() or 1) // min(workers, len(parts)))
-
-
 def encode_locally(job: Job, *, workers: int, progress: bool) -> list[Path]:
     """Encode every part that is not there yet, `workers` at a time; returns the parts' folders in order.
 
@@ -223,9 +214,8 @@ def encode_locally(job: Job, *, workers: int, progress: bool) -> list[Path]:
     """
     logger.disable("datatrove")
     _forks_end_with_us()
-    threads = threads_of_each(workers, job.parts)
     owner = (socket.gethostname(), os.getpid())
-    *before, encoding = stages(job, threads, owner)
+    *before, encoding = stages(job, owner)
     for stage in before:
         with Watch(stage.name, stage.tasks, progress), _no_main_module():
             _executor(stage, workers).run()

@@ -12,9 +12,8 @@ import json
 import os
 import shutil
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +24,7 @@ from data.contamination import Ngrams
 from data.encoder import FastEncoder
 from data.files import write_atomically
 
-BATCH_CHARACTERS = 4_000_000  # encoded together: enough to keep every thread busy
+BATCH_CHARACTERS = 4_000_000  # encoded and written together
 HASHED_AT_ONCE = 2**20
 LAST_BLANK = 32  # of ASCII: blank, tab, line ends and control characters lie below
 ROW = np.dtype([("key", np.uint64), ("tokens", np.uint32)])  # what is kept of a document to choose by
@@ -78,35 +77,23 @@ def encode_part(
     with (
         open(temporary / "ids.bin", "wb") as ids_file,
         open(temporary / "rows.bin", "wb") as rows_file,
-        ThreadPoolExecutor(1) as helper,
     ):
-        # While a batch is encoded (which frees Python's lock), the next is read and the last one written.
-        waiting: deque[tuple[list[str], Future[list[np.ndarray]]]] = deque()
-        batches = _batches(documents)
-        while limit_tokens is None or total < limit_tokens:
-            batch = next(batches, None)
-            if batch is not None:
-                waiting.append((batch, helper.submit(encoder.encode_batch, batch)))
-                if len(waiting) < 2:
-                    continue
-            if not waiting:
-                break
-            texts, future = waiting.popleft()
-            # Before its ids are waited for: the helper encodes meanwhile.
-            keys = list(map(content_key, texts))
-            encoded = future.result()
+        for texts in _batches(documents):
+            encoded = encoder.encode_batch(texts)
             lengths = [len(ids) + 1 for ids in encoded]
             if limit_tokens is not None and total + sum(lengths) >= limit_tokens:
                 keep = int(np.searchsorted(np.cumsum(lengths), limit_tokens - total)) + 1
                 texts, encoded, lengths = texts[:keep], encoded[:keep], lengths[:keep]
             ids_file.write(np.concatenate([piece for ids in encoded for piece in (ids, end)]).data)
             rows = np.empty(len(texts), dtype=ROW)
-            rows["key"], rows["tokens"] = keys[: len(texts)], lengths
+            rows["key"], rows["tokens"] = list(map(content_key, texts)), lengths
             rows_file.write(rows.data)
             if ngrams is not None:
                 found = np.union1d(found, ngrams.found_in(texts))
             number, total = number + len(texts), total + sum(lengths)
             advance(len(texts), sum(lengths))
+            if limit_tokens is not None and total >= limit_tokens:
+                break
         for file in (ids_file, rows_file):
             file.flush()
             os.fsync(file.fileno())

@@ -14,7 +14,7 @@ from data.settings import PrepareSettings
 from data.sources import PYTHON_DOCS, list_parts, read_part
 from data.tokenizer import load_tokenizer
 
-SAMPLE_CHARACTERS = 8_000_000  # encoded to measure the rate; about two seconds
+SAMPLE_CHARACTERS = 8_000_000  # encoded to measure the rate; a second or two
 
 
 def plan(settings: PrepareSettings) -> str:
@@ -57,7 +57,7 @@ def plan(settings: PrepareSettings) -> str:
         *(f"          {path}" for path in parts[0].paths[:3]),
         "          …",
         f"Encode  with {'a tokenizer to be trained' if settings.train_tokenizer else settings.tokenizer}, "
-        f"{'tiktoken' if encoder.is_fast else 'tokenizers: ' + str(encoder.why_slow)}; "
+        f"{'gigatoken' if encoder.is_fast else 'tokenizers: ' + str(encoder.why_slow)}; "
         f"{tokens / seconds / 1e6:.1f} million tokens/s measured here on {os.cpu_count()} cores",
     ]
     read = parts[0].bytes if whole else counts["bytes"]

@@ -24,7 +24,7 @@ from data.assembly import assemble, is_no_room
 from data.cluster import StillRunning, encode_on_ray, encode_on_slurm
 from data.contamination import contamination, save_questions
 from data.encoder import PROBE_TEXTS
-from data.engine import Job, encode_locally, encoder_for, start_early, threads_of_each
+from data.engine import Job, encode_locally, encoder_for, start_early
 from data.files import write_atomically
 from data.hellaswag import HUB_ID as HELLASWAG_HUB_ID
 from data.hellaswag import load_questions
@@ -47,7 +47,7 @@ from data.sources import (
 from data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from data.verify import verify
 
-RECORDED_VERSIONS = ("datatrove", "numpy", "pyarrow", "tiktoken", "tokenizers", "transformers")
+RECORDED_VERSIONS = ("datatrove", "gigatoken", "numpy", "pyarrow", "tokenizers", "transformers")
 # How much of the source both encoders are compared on before a run, and of each document.
 VERIFY_CHARACTERS, VERIFY_CHARACTERS_EACH = 300_000, 30_000
 
@@ -102,7 +102,7 @@ def _prepare(settings: PrepareSettings, output: Path, work: Path, clock: Clock, 
         work.absolute(),
         tokenizer_file,
         tokenizer.eos_token_id,
-        _check_encoder(spec, parts, tokenizer_file, threads_of_each(_workers(settings), parts)),
+        _check_encoder(spec, parts, tokenizer_file),
         settings.limit_tokens,
         questions,
         settings.near_deduplicate,
@@ -219,9 +219,9 @@ def _questions(settings: PrepareSettings, work: Path) -> Path | None:
     return path
 
 
-def _check_encoder(spec: SourceSpec, parts: list[Part], tokenizer_file: Path, threads: int) -> str | None:
+def _check_encoder(spec: SourceSpec, parts: list[Part], tokenizer_file: Path) -> str | None:
     """Compare both encoders on the source's own first documents, and say why if the slow one must be used."""
-    encoder = encoder_for(tokenizer_file, threads, None)
+    encoder = encoder_for(tokenizer_file, None)
     texts = list(PROBE_TEXTS)
     characters = 0
     for document in read_part(spec, parts[0]):
@@ -231,7 +231,7 @@ def _check_encoder(spec: SourceSpec, parts: list[Part], tokenizer_file: Path, th
             break
     encoder.verify(texts)
     if not encoder.is_fast:
-        print(f"Encoding with tokenizers, which is slower than tiktoken: {encoder.why_slow}.")
+        print(f"Encoding with tokenizers, which is slower than gigatoken: {encoder.why_slow}.")
     return encoder.why_slow
 
 
