@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 
 import filelock
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from data.parts import content_key
 from data.prepare import PrepareSettings, main, prepare
@@ -57,6 +59,22 @@ def run(tmp_path, corpus, tokenizer_folder, name="shards", **settings):
         ),
         progress=False,
     )
+
+
+@hypothesis.settings(max_examples=12, deadline=None)
+@hypothesis.given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=80), max_size=6))
+def test_every_different_text_comes_back_from_its_shards(tmp_path_factory, tokenizer_folder, texts):
+    """From JSON lines to ids on disk to text, in order; blanks alone are no document, copies are one."""
+    folder = tmp_path_factory.mktemp("round")
+    texts = ["so that there is one", *texts, *texts[::2]]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    shards = run(folder, folder / "corpus.jsonl", tokenizer_folder, validation_tokens=0, workers=1)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    seen = [tokenizer.decode(ids[:-1]) for ids in read_shard_documents(shards / "train-00000.arrow")]
+    kept: dict[int, str] = {}
+    for text in filter(str.strip, texts):
+        kept.setdefault(content_key(text), text)
+    assert seen == list(kept.values())
 
 
 def decoded(folder, split):
