@@ -5,13 +5,11 @@ teacher. Leaves a run directory whose export `pipeline` takes, and says what was
 """
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
@@ -21,10 +19,10 @@ from data.general_text import general_texts, shards_beside
 from data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from evaluation.forgetting import as_table, measure_both
 from modeling_gpt_scratch import GPTScratchForCausalLM
-from train_accelerate import plan_or_run, train
+from train_accelerate import plan_or_run, publisher_of, train
 from training.adapters import BASE_FOLDER, attach_lora, is_adapter, with_adapter
 from training.base import context_of, load_base, will_be_converted, writing_config
-from training.device import start_processes
+from training.device import as_script, start_processes
 from training.distillation import build_distillation
 from training.export import export_model
 from training.finetuning import FinetuneSettings
@@ -38,8 +36,9 @@ base_of = partial(load_base, convert=GPTScratchForCausalLM.from_gpt2)  # type: i
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Settings, a base, rooms, an objective; then the loop; then what became of it."""
-    try:
+    with as_script():
         settings = parse_settings(FinetuneSettings, argv, default_config=DEFAULT_RECIPE)
+        publisher = publisher_of(settings)
         with for_the_owner(ValueError, OSError, TypeError):
             model, tokenizer = base_of(settings), load_tokenizer(settings.model)
             rooms = read_rooms(settings, model, tokenizer)
@@ -56,13 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not settings.plan and Path(settings.run_dir, "export").exists():  # not stopped before its end
             finish_export(settings, tokenizer, model.generation_config)
             report(settings, tokenizer, rooms["validation"], texts)
-    except SettingsError as error:
-        if start_processes().is_local_main_process:  # once a machine
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        publisher.finish()
 
 
 def say(text: str) -> None:

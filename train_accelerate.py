@@ -4,7 +4,6 @@ Reads token shards (prepared first if they are missing), trains, and leaves a ru
 metrics, checkpoints and an export that `from_pretrained` loads. The same command goes on where a run stopped.
 """
 
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
@@ -28,10 +27,12 @@ from evaluation.generation import generate_samples
 from evaluation.hellaswag import evaluate_hellaswag
 from evaluation.language_modeling import evaluate_loss
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
+from release.background import HubPushes
+from release.card import write_card
 from training.averaging import WeightAverage
 from training.budget import RunLength
 from training.checkpoint import BackgroundWriter, Keep, TrainState, save_checkpoint
-from training.device import start_accelerator, start_processes
+from training.device import as_script, start_accelerator
 from training.export import export_model, how_to_load
 from training.guard import StepGuard, check_weights
 from training.interruption import Interruptions
@@ -40,9 +41,10 @@ from training.objective import count_targets, count_tokens, language_modeling_lo
 from training.optimizer import set_learning_rate
 from training.patience import Patience, restore_best_weights
 from training.plan import StandInBlocks, plan_or_run
+from training.publishing import Publisher
 from training.recipe import TrainSettings, micro_batches_per_process
 from training.run_directory import on_main_process
-from training.settings import SettingsError, for_the_owner, given_flags, parse_settings
+from training.settings import for_the_owner, given_flags, parse_settings
 from training.shards import announce_shards, make_if_missing, words_to_train
 from training.start import count_parameters, open_run, say_complete
 from training.throughput import describe_machine
@@ -52,24 +54,20 @@ ROOT = Path(__file__).resolve().parent
 # Products with the vocabulary run at full speed on tensor cores when it divides by this.
 VOCABULARY_MULTIPLE = 64
 
+publisher_of = partial(Publisher, push=HubPushes, write_card=write_card)
 Objective = Callable[[nn.Module, Mapping[str, Tensor], Tensor], Tensor]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Settings, data, a fresh model; then the loop."""
-    try:
+    with as_script():
         settings = parse_settings(TrainSettings, argv, default_config=ROOT / "recipes" / "demo.yaml")
+        publisher = publisher_of(settings)
         tokenizer, train_set, eval_set = prepare_data(settings, given_flags(argv))
         run = partial(train, tokenizer=tokenizer, train_set=train_set, eval_set=eval_set)
         run = partial(run, collate=collate_blocks, objective=language_modeling_loss)
         plan_or_run(settings, partial(build_model, settings, tokenizer), run, script=__file__)
-    except SettingsError as error:
-        if start_processes().is_local_main_process:  # once a machine
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        publisher.finish()
 
 
 def prepare_data(

@@ -22,12 +22,20 @@ OUTGOING = re.compile(
     r"|vocab\.json|merges\.txt|chat_template\.jinja"
     r"|[A-Za-z_]\w*\.py|README\.md|LICENSE|loss\.png"
 )
+FOR_RESUMING = (
+    "optimizer.safetensors",
+    "random_states.safetensors",
+    "training_state.json",
+    "settings.yaml",
+    "COMPLETE",
+)
 # Weights under any name of the same scheme: what an older export left on the Hub must not be loaded in place
 # of the new one.
 ANY_WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 # Files of a run that go along, from its directory.
-RUN_FILES = ("settings.yaml", "metrics.jsonl", "report.html", PICTURE_FILE)
+SETTINGS_FILE = "settings.yaml"
+RUN_FILES = (SETTINGS_FILE, "metrics.jsonl", "report.html", PICTURE_FILE)
 
 
 class ReleaseError(ValueError):
@@ -65,10 +73,13 @@ def check_export(folder: Path) -> None:
 
 
 def outgoing_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The files that go out, and the names of those that stay, in the order of their names."""
+    """The files that go out, and the names of those that stay, in the order of their names.
+
+    What only serves to go on from a checkpoint is neither.
+    """
     entries = sorted(folder.iterdir())
     going = [path for path in entries if path.is_file() and OUTGOING.fullmatch(path.name)]
-    return going, [path.name for path in entries if path not in going]
+    return going, [path.name for path in entries if path not in going and path.name not in FOR_RESUMING]
 
 
 def find_run(folder: Path) -> Path | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils import validate_repo_id
@@ -23,6 +23,7 @@ from release.folder import (
     CARD_FILE,
     RUN_FILES,
     RUN_FOLDER,
+    SETTINGS_FILE,
     ReleaseError,
     check_export,
     find_run,
@@ -37,6 +38,10 @@ NETWORK_MODULES = (
     "httpcore",
     "httpcore2",
 )  # what the Hub's client is built on, by version
+# What the command says in the end; release.background reads it.
+ADDRESS_LINE = "The model is at "
+# The pusher's, not the model's: who repeats the run from its settings has another repository, or none.
+HUB_SETTINGS = re.compile(rb"^(push_to_hub|hub_\w+):.*\n", re.MULTILINE)
 Result = TypeVar("Result")
 
 
@@ -65,6 +70,33 @@ def push(
     folder = Path(folder)
     _check_name(repo_id)
     check_export(folder)
+
+    def work(api: HfApi) -> str:
+        contents, staying = _contents(folder, repo_id)
+        if staying:
+            say(f"Stays here: {', '.join(staying)}")
+        return _patiently(lambda: _push_once(api, contents, repo_id, private, revision, say), retries, say)
+
+    return _with_the_hub(work, repo_id, token)
+
+
+def prepare_repository(
+    repo_id: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    retries: int = RETRIES,
+    say: Callable[[str], object] = print,
+) -> None:
+    """Make the repository if there is none, and see that a `push` would be allowed. Errors as `push`."""
+    _check_name(repo_id)
+    _with_the_hub(
+        lambda api: _patiently(lambda: _open_repository(api, repo_id, private), retries, say), repo_id, token
+    )
+
+
+def _with_the_hub(work: Callable[[HfApi], Result], repo_id: str, token: str | None) -> Result:
+    """`work` with the Hub's client; its errors in words."""
     token = token or get_token()
     if not token:
         raise ReleaseError(
@@ -73,10 +105,7 @@ def push(
         )
     api = HfApi(token=token)
     try:
-        contents, staying = _contents(folder, repo_id)
-        if staying:
-            say(f"Stays here: {', '.join(staying)}")
-        return _patiently(lambda: _push_once(api, contents, repo_id, private, revision, say), retries, say)
+        return work(api)
     except ReleaseError:
         raise
     except Exception as error:
@@ -112,7 +141,10 @@ def _contents(folder: Path, repo_id: str) -> tuple[dict[str, bytes | Path], list
     contents[CARD_FILE] = card.encode()
     for name in RUN_FILES:
         if run is not None and (run / name).is_file():
-            contents[f"{RUN_FOLDER}/{name}"] = (run / name).read_bytes()
+            content = (run / name).read_bytes()
+            contents[f"{RUN_FOLDER}/{name}"] = (
+                HUB_SETTINGS.sub(b"", content) if name == SETTINGS_FILE else content
+            )
     return contents, staying
 
 
@@ -125,15 +157,7 @@ def _push_once(
     say: Callable[[str], object],
 ) -> str:
     """One attempt from the beginning: what has been done already is found done."""
-    api.create_repo(repo_id, private=private or None, exist_ok=True)
-    if revision not in (None, "main"):
-        api.create_branch(repo_id, branch=str(revision), exist_ok=True)
-    there = api.model_info(repo_id, revision=revision)
-    if private and not there.private:
-        raise ReleaseError(
-            f"{repo_id} exists and is public, so nothing was uploaded. Make it private in its settings on "
-            "the Hub, choose another name, or leave out --private."
-        )
+    there = _open_repository(api, repo_id, private, revision)
     present = [file.rfilename for file in there.siblings or []]
     replaced = [name for name in present if ANY_WEIGHTS.fullmatch(name) and name not in contents]
     if replaced:
@@ -146,6 +170,19 @@ def _push_once(
         repo_id, operations, commit_message="Upload model", revision=revision or "main"
     )
     return str(commit.commit_url)
+
+
+def _open_repository(api: HfApi, repo_id: str, private: bool, revision: str | None = None) -> ModelInfo:
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if revision not in (None, "main"):
+        api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+    there = api.model_info(repo_id, revision=revision)
+    if private and not there.private:
+        raise ReleaseError(
+            f"{repo_id} exists and is public, so nothing was uploaded. Make it private in its settings on "
+            "the Hub, choose another name, or do not ask for a private one."
+        )
+    return there
 
 
 def _patiently(action: Callable[[], Result], retries: int, say: Callable[[str], object]) -> Result:
@@ -229,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     except (ReleaseError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"The model is at {url}")
+    print(f"{ADDRESS_LINE}{url}")
 
 
 if __name__ == "__main__":

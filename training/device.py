@@ -1,8 +1,12 @@
 """Where a run computes, in which precision, and whether compiled: chosen once, and said in one line."""
 
+import ctypes
 import os
 import platform
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,9 @@ from training.trackers import check_trackers
 
 # Below this, compiling on a CPU (about a minute) costs more than it brings.
 CPU_COMPILE_MINIMUM_FLOPS = 1e15
+# Parameters of glibc's mallopt (malloc.h), and the largest tensor that its heap takes, in bytes.
+MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_THRESHOLD = -1, -3
+LARGEST_KEPT_BYTES = 2**30
 # NVIDIA's Ada, Hopper and later multiply in FP8, where both sides of a matrix divide by the multiple.
 FP8_CAPABILITY = (8, 9)
 FP8_MULTIPLE = 16
@@ -40,6 +47,22 @@ def start_processes() -> PartialState:
     return PartialState(cpu=_runs_on_cpu())
 
 
+@contextmanager
+def as_script() -> Iterator[None]:
+    """Around all that a script does: a SettingsError ends it with its message, said once a machine, and exit
+    code 1; and the processes part in peace.
+    """
+    try:
+        yield
+    except SettingsError as error:
+        if start_processes().is_local_main_process:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 def _runs_on_cpu() -> bool:
     asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
     return asked or not torch.accelerator.is_available()
@@ -58,6 +81,7 @@ def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, str]:
     device = start_processes().device
     if device.type == "cpu":
         torch.set_num_threads(settings.cpu_threads or _cores_per_process())
+        keep_freed_memory()
     precision = choose_precision(device, settings.mixed_precision)
     compilation = choose_compilation(device, settings)
     dynamo = None
@@ -194,6 +218,18 @@ def cpu_has_bfloat16() -> bool:
     except OSError:
         return False
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of freed tensors for the next ones. Elsewhere nothing happens.
+
+    By itself it gives every tensor of some size back to the system, which hands the pages out again one fault
+    at a time, filled with zeros: up to a third of a step (docs/performance.md).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(MALLOPT_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
+        mallopt(MALLOPT_TRIM_THRESHOLD, -1)  # never
 
 
 def _cores_per_process() -> int:

@@ -100,6 +100,8 @@ class FinetuneSettings(TrainSettings):
             problems.append("method distill needs a --teacher")
         if self.method != "distill" and (self.teacher or self.teacher_cache):
             problems.append(f"--teacher and --teacher_cache are for --method distill, not {self.method}")
+        if self.method == "lora" and self.hub_strategy == "every_save":
+            problems.append("hub_strategy every_save: a checkpoint of LoRA is no model to load; only end is")
         if self.method != "lora" and self.merge:
             problems.append(f"--merge is for --method lora; {self.method} has nothing to merge")
         if wrong := [pair for pair in self.columns if "=" not in pair]:

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from training.settings import SettingsError, setting
 
 
@@ -160,6 +163,18 @@ class TrainSettings:
         False,
         "export the weights with the lowest validation loss instead of the last; saves at each better one",
     )
+    # The Hub
+    push_to_hub: bool = setting(
+        False, "send the export to the Hub when the run has ended, with its card, metrics and page"
+    )
+    hub_model_id: str = setting("", "the model's name there, user/name; made if it is missing")
+    hub_strategy: str = setting(
+        "end",
+        "what is sent: the export in the end, or every checkpoint too, in the background",
+        choices=("end", "every_save"),
+    )
+    hub_private: bool = setting(False, "a new repository is for its owner only")
+    hub_minutes: float = setting(30.0, "the longest wait for the Hub, in the end", "minutes", at_least=0)
     # Stopping
     max_minutes: float = setting(
         0.0, "stop with a checkpoint after this long, for queue limits; 0 is never", "minutes", at_least=0
@@ -233,11 +248,32 @@ class TrainSettings:
                 "checkpoint is due; "
                 + (f"give --save_every_steps {steps:,} or less" if steps else "give more")
             )
+        problems += self._problems_with_the_hub()
         if self.export_best and not self.keep_best:
             problems.append("export_best needs keep_best, or the best checkpoint may be gone by the end")
         if self.batch_tokens % self.block_size:
             problems.append(_does_not_divide(self.batch_tokens, 1, self.block_size, 1))
         return problems
+
+    def _problems_with_the_hub(self) -> list[str]:
+        if not self.push_to_hub:
+            asked = {"hub_model_id": self.hub_model_id, "hub_private": self.hub_private}
+            asked["hub_strategy every_save"] = self.hub_strategy == "every_save"
+            return [f"{name} is of no use without push_to_hub" for name, given in asked.items() if given]
+        if not self.hub_model_id:
+            return ["push_to_hub needs a hub_model_id, the model's name on the Hub: user/name"]
+        why = "the owner is missing"
+        try:
+            validate_repo_id(self.hub_model_id)
+        except HFValidationError as error:
+            why = str(error)
+        else:
+            if "/" in self.hub_model_id:
+                return []
+        return [
+            f"hub_model_id={self.hub_model_id!r} is no name that the Hub takes ({why}); it is user/name, of "
+            "letters, digits, '-', '_' and '.'"
+        ]
 
 
 def micro_batches_per_process(settings: TrainSettings, num_processes: int) -> int:

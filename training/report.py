@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from training.files import replace_file
@@ -41,20 +42,15 @@ def draw_losses(run_dirs: Sequence[Path | str], picture: Path | str) -> Path:
         ValueError: as `read_run`.
     """
     runs = {str(run_dir): read_run(run_dir) for run_dir in run_dirs}
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, which would settle the backend of a whole program
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.2), dpi=140, layout="constrained")
+    figure = Figure(figsize=(8, 4.2), dpi=140, layout="constrained")
+    axes = figure.subplots()
     for colour, (name, run) in enumerate(runs.items()):
         trained, validated = run.with_number("loss"), run.with_number("validation_loss")
         window = max(1, int(SMOOTHING_PART * len(trained)))
-        losses = [line["loss"] for line in trained]
-        smooth = [
-            sum(losses[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1))
-            for i in range(len(losses))
-        ]
+        sums = list(accumulate((line["loss"] for line in trained), initial=0.0))
+        smooth = [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(trained) + 1)]
         label = Path(name).name
         axes.plot(
             [line["tokens"] for line in trained],
@@ -79,7 +75,6 @@ def draw_losses(run_dirs: Sequence[Path | str], picture: Path | str) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(picture, metadata={"Software": None})
-    pyplot.close(figure)
     return Path(picture)
 
 
