@@ -1,6 +1,7 @@
 """Looking at a model while it trains changes nothing but when it stops and what is exported."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,11 @@ def train_here(**settings) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*not the official hellaswag")
-def test_a_run_that_is_looked_at_ends_in_the_same_weights_bit_for_bit(shards, tmp_path):
+@pytest.mark.parametrize("compiled", ["none", pytest.param("whole", marks=pytest.mark.slow)])
+def test_a_run_that_is_looked_at_ends_in_the_same_weights_bit_for_bit(shards, tmp_path, compiled):
     """Validation, samples and HellaSwag at every step, with dropout: one random number more would show."""
+    if compiled != "none" and not any(map(shutil.which, ("cc", "gcc", "clang", "c++"))):
+        pytest.skip("torch.compile needs a C++ compiler")
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps({**QUESTION, "label": label}) + "\n" for label in range(4)))
     never, always = {}, {"hellaswag_questions": questions, "hellaswag_limit": 3, "hellaswag_every_steps": 1}
@@ -55,7 +59,7 @@ def test_a_run_that_is_looked_at_ends_in_the_same_weights_bit_for_bit(shards, tm
         never[name], always[name] = 100, 1
     runs = [tmp_path / "looked-at", tmp_path / "left-alone"]
     for run, looks in zip(runs, (always, never), strict=True):
-        train_here(shards=shards, run_dir=run, max_steps=6, dropout=0.2, **looks)
+        train_here(shards=shards, run_dir=run, max_steps=6, dropout=0.2, compile=compiled, **looks)
     ends = [complete_checkpoints(run)[6] for run in runs]
     for name in ("model.safetensors", "optimizer.safetensors", "random_states.safetensors"):
         assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes(), name
