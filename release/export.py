@@ -216,7 +216,10 @@ def load_torchao(folder: Path, kind: str = "int8") -> tuple[Any, PreTrainedToken
                 f"--torchao int4: {INT4_GROUP} weights of a row share a scale, and rows of {odd[0]} do not "
                 "divide; int8 takes any width"
             )
-        weights: Any = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(INT4_GROUP))
+        weights: Any = IntxWeightOnlyConfig(
+            weight_dtype=torch.int4,  # type: ignore[attr-defined]
+            granularity=PerGroup(INT4_GROUP),
+        )
     else:
         weights = Int8WeightOnlyConfig(version=2)
     settings = TorchAoConfig(weights)

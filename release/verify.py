@@ -36,11 +36,13 @@ from release.export import (
 from release.folder import ReleaseError, read_config
 
 PROBE_ROWS, PROBE_TOKENS, NEW_TOKENS = 2, 24, 12
+# Contractions, digits, runs of blanks, line ends and other scripts: where byte-level tokenizers differ.
+PROBE_TEXT = "Don't look: the bell, cracked in 1887, hangs – still – over  two ropes.\n\tÄlter als 50 €?"
 
 # How far logits may be: the norm of the difference over that of the reference, both centred at each position.
 SAME_CODE = 1e-6  # the same operations; threads may be shared out in another way
 FLOAT32 = 1e-5  # the same function, its sums in another order
-LLAMA_CPP = 1e-2  # it keeps keys and values in float16
+LLAMA_CPP = 2e-3  # its GELU is a table in float16, and so are its keys and values: 4e-4 was measured
 BFLOAT16 = 5e-2  # eight bits of precision after every operation
 INT8 = 5e-2  # a weight to 1/254 of its row's largest, through some layers
 INT4 = 3e-1  # to 1/30 of its group's range: 9% of the norm of normal weights, through some layers
@@ -208,13 +210,13 @@ def _gguf(probe: Probe) -> Answer:
     ).eval()
     ours = AutoTokenizer.from_pretrained(probe.folder, trust_remote_code=False)
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    text = "Don't look: the bell, cracked in 1887, hangs – still – over  two ropes.\n\tÄlter als 50 €?"
-    if ours(text)["input_ids"] != theirs(text)["input_ids"]:
+    if ours(PROBE_TEXT)["input_ids"] != theirs(PROBE_TEXT)["input_ids"]:
         raise RuntimeError("the tokenizer in the GGUF file splits text in another way")
     return _answer(model, probe.input_ids)
 
 
 def _llama_cpp(probe: Probe) -> Answer:
+    """The file in the program that it is for, its tokenizer too."""
     try:
         import llama_cpp
     except ImportError:
@@ -223,6 +225,10 @@ def _llama_cpp(probe: Probe) -> Answer:
     llama = llama_cpp.Llama(
         str(_gguf_file(probe)), n_ctx=length, n_batch=length, logits_all=True, verbose=False, n_threads=1
     )
+
+    ours = AutoTokenizer.from_pretrained(probe.folder, trust_remote_code=False)
+    if ours(PROBE_TEXT)["input_ids"] != llama.tokenize(PROBE_TEXT.encode(), add_bos=False, special=False):
+        raise RuntimeError("llama.cpp splits text in another way than the tokenizer of the folder")
 
     def run(ids: list[int]) -> np.ndarray:
         llama.reset()

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from data.tokenizer import train_tokenizer
+from data.tokenizer import gpt2_tokenizer, train_tokenizer
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
 from release.export import export_gguf, export_stock
 from release.export import main as export
@@ -72,6 +72,20 @@ def test_a_gguf_file_gives_the_same_logits_when_it_is_read_back(tmp_path, overri
     (outcome,) = verify(folder, ["gguf"])
     assert outcome.status == "ok", outcome
     assert outcome.same_tokens == 12
+
+
+def test_llama_cpp_gives_the_same_logits_and_splits_text_with_gpt2s_vocabulary_alike(tmp_path):
+    """Of its kinds of splitting only "gpt-2" cuts these texts as GPT-2 does; no kind at all is another one."""
+    pytest.importorskip(
+        "llama_cpp", reason="llama-cpp-python is not installed: it is compiled for 20 minutes"
+    )
+    tokenizer = gpt2_tokenizer()
+    ids = {f"{kind}_token_id": tokenizer.eos_token_id for kind in ("bos", "eos", "pad")}
+    config = GPTScratchConfig.preset("tiny", vocab_size=len(tokenizer), **ids)
+    GPTScratchForCausalLM(config).save_pretrained(tmp_path / "export")
+    tokenizer.save_pretrained(tmp_path / "export")
+    (outcome,) = verify(tmp_path / "export", ["llama.cpp"])
+    assert outcome.status == "ok", outcome
 
 
 def test_a_gguf_file_names_the_rows_that_only_pad_the_vocabulary(tmp_path):
