@@ -165,11 +165,12 @@ def test_slurm_needs_a_partition_and_a_program(tmp_path, tokenizer_folder, capsy
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_encodes_the_same_bytes(tmp_path, tokenizer_folder):
+def test_a_ray_cluster_drops_near_copies_and_encodes_the_same_bytes(tmp_path, tokenizer_folder):
     pytest.importorskip("ray", reason="Ray is an option of preparation, not a dependency")
     source = write_files(tmp_path / "source", files=2)
-    done = run(source, tmp_path / "ray", tokenizer_folder, "--executor", "ray")
+    done = run(source, tmp_path / "ray", tokenizer_folder, "--executor", "ray", "--near_deduplicate")
     assert done.returncode == 0, done.stderr
-    here = run(source, tmp_path / "local", tokenizer_folder)
+    here = run(source, tmp_path / "local", tokenizer_folder, "--near_deduplicate")
     assert here.returncode == 0, here.stderr
     assert hashes(tmp_path / "ray") == hashes(tmp_path / "local")
+    assert read_manifest(tmp_path / "ray").counts["near_duplicates"] > 0
