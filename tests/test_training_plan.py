@@ -238,7 +238,7 @@ def test_a_budget_of_tokens_is_the_runs_length_and_its_schedules(shards, tmp_pat
     train_here(shards=shards, run_dir=tmp_path / "run", max_steps=500, budget_tokens=9 * 256 + 100)
     steps = [line for line in metrics_of(tmp_path / "run") if "loss" in line]
     assert len(steps) == 9 and steps[-1]["tokens"] == 9 * 256
-    assert steps[-1]["learning_rate"] == pytest.approx(0.05 * 3e-3)  # the demo recipe's final part
+    assert steps[-1]["learning_rate"] == pytest.approx(0.05 * 3e-3)
     assert "9 steps of 256 tokens" in capsys.readouterr().out
     train_here(shards=shards, run_dir=tmp_path / "run", max_steps=500, budget_tokens=9 * 256 + 100)
     assert "is complete (9 steps)" in capsys.readouterr().out
