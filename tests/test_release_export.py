@@ -75,10 +75,8 @@ def test_a_gguf_file_gives_the_same_logits_when_it_is_read_back(tmp_path, overri
 
 
 def test_llama_cpp_gives_the_same_logits_and_splits_text_with_gpt2s_vocabulary_alike(tmp_path):
-    """Of its kinds of splitting only "gpt-2" cuts these texts as GPT-2 does; no kind at all is another one."""
-    pytest.importorskip(
-        "llama_cpp", reason="llama-cpp-python is not installed: it is compiled for 20 minutes"
-    )
+    """Of its kinds of splitting only "gpt-2" cuts the text as GPT-2 does; no kind at all is another one."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python, compiled for 20 minutes, is not installed")
     tokenizer = gpt2_tokenizer()
     ids = {f"{kind}_token_id": tokenizer.eos_token_id for kind in ("bos", "eos", "pad")}
     config = GPTScratchConfig.preset("tiny", vocab_size=len(tokenizer), **ids)
