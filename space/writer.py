@@ -187,5 +187,5 @@ class Writer:
                 ]
         finally:
             gone.set()
-            count = f"{len(rows)} rooms at once, {sum(map(len, rows)):,} tokens"
+            count = f"rooms: {len(rows)}, tokens: {sum(map(len, rows)):,}"
             print(count if not goes_on else f"{count}, broken off", file=sys.stderr, flush=True)
