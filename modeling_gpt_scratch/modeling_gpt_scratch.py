@@ -177,6 +177,52 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+# On a CPU torch's fused attention multiplies bfloat16 several times slower than its matrix products do, so
+# there training takes causal attention as products of this many queries with the keys that they see …
+ATTENTION_BLOCK = 128
+# … in rows up to this length: the weights stay for the backward, and their memory grows with the square.
+ATTENTION_BLOCKS_LONGEST = 512
+
+
+class _CausalAttentionInBlocks(torch.autograd.Function):
+    """`query`, `key`, `value` (B, H, T, D), each position seeing itself and those before, to (B, T, H, D)."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, scaling):
+        B, H, T, D = query.shape
+        q, k, v = ((x.reshape(B * H, T, D)) for x in (query * scaling, key, value))
+        future = q.new_full((ATTENTION_BLOCK, ATTENTION_BLOCK), -math.inf).triu(1)
+        attended, kept = q.new_empty(B, T, H, D), []
+        for start in range(0, T, ATTENTION_BLOCK):
+            end = min(start + ATTENTION_BLOCK, T)
+            scores = q[:, start:end] @ k[:, :end].mT
+            scores[:, :, start:] += future[: end - start, : end - start]
+            weights = scores.softmax(-1)
+            attended[:, start:end] = (weights @ v[:, :end]).view(B, H, -1, D).transpose(1, 2)
+            kept.append(weights)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.scaling = scaling
+        return attended
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_attended):
+        q, k, v, *kept = ctx.saved_tensors
+        B, T, H, D = grad_attended.shape
+        grad = grad_attended.transpose(1, 2).reshape(B * H, T, D)
+        grad_q = torch.empty_like(q)
+        grad_k, grad_v = (torch.zeros_like(k, dtype=torch.float32) for _ in range(2))  # sums over blocks
+        for start, weights in zip(range(0, T, ATTENTION_BLOCK), kept, strict=True):
+            end = min(start + ATTENTION_BLOCK, T)
+            grad_v[:, :end] += weights.mT @ grad[:, start:end]
+            grad_weights = grad[:, start:end] @ v[:, :end].mT
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_q[:, start:end] = grad_scores @ k[:, :end]
+            grad_k[:, :end] += grad_scores.mT @ q[:, start:end]
+        grads = (grad_q * ctx.scaling, grad_k.to(k.dtype), grad_v.to(v.dtype))
+        return *(x.view(B, H, T, D) for x in grads), None
+
+
 class GPTScratchAttention(nn.Module):
     """Causal multi-head self-attention. The product itself is one of transformers' attention functions."""
 
@@ -211,6 +257,10 @@ class GPTScratchAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
 
+        if past_key_values is None and self._blocks_are_faster(query, attention_mask):
+            attended = _CausalAttentionInBlocks.apply(query, key, value, self.scaling)
+            return self.resid_dropout(self.o_proj(attended.flatten(2))), None
+
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -226,6 +276,19 @@ class GPTScratchAttention(nn.Module):
         )  # (B, T, H, D)
         attended = attended.reshape(B, T, -1).contiguous()
         return self.resid_dropout(self.o_proj(attended)), weights
+
+    def _blocks_are_faster(self, query, attention_mask) -> bool:
+        """Whether this is plain causal training in bfloat16 on a CPU, in rows that are not too long."""
+        return (
+            query.device.type == "cpu"
+            and query.dtype == torch.bfloat16
+            and query.shape[2] <= ATTENTION_BLOCKS_LONGEST
+            and self.training
+            and attention_mask is None
+            and self.is_causal
+            and self.config.attn_pdrop == 0.0
+            and self.config._attn_implementation == "sdpa"
+        )
 
 
 class GPTScratchMLP(nn.Module):

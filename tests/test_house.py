@@ -24,7 +24,7 @@ LINE_LIMITS = {
     "eval_hellaswag.py": 100,
     "eval_dungeons.py": 150,
     # One file on purpose: it is read bottom up, and travels whole with every checkpoint.
-    "modeling_gpt_scratch/modeling_gpt_scratch.py": 640,
+    "modeling_gpt_scratch/modeling_gpt_scratch.py": 700,
 }
 DEFAULT_LINE_LIMIT = 400
 
