@@ -12,7 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from release.folder import CARD_FILE, PICTURE_FILE, RUN_FOLDER, ReleaseError, find_run, read_config
+from huggingface_hub import ModelCard
+
+from release.folder import (
+    CARD_FILE,
+    PICTURE_FILE,
+    RUN_FOLDER,
+    SETTINGS_FILE,
+    ReleaseError,
+    find_run,
+    read_config,
+)
 from release.metadata import card_metadata, hellaswag_in_training, without_path
 from release.record import Record, is_number, read_record
 
@@ -72,7 +82,7 @@ def build_card(
         _samples(record),
         _table("Data", _data(record)),
         _table("Training", _training(record)),
-        _reproduce(record),
+        _reproduce(record, repo_id),
         _limits(license),
     ]
     metadata = card_metadata(record, name.rpartition("/")[2], license, language)
@@ -83,12 +93,20 @@ def build_card(
 def write_card(folder: Path, run: Path | None, **details: Any) -> Path:
     """Write the card into the export, and the run's picture beside it.
 
+    Licence and language that the card before it names stay, unless `details` name others.
+
     Raises:
         ReleaseError: as `build_card`; or if there is a card that a person wrote.
     """
     card = folder / CARD_FILE
-    if card.exists() and not is_ours(card.read_text(encoding="utf-8")):
-        raise ReleaseError(f"{card} was not written by this program and is left as it is; move it away first")
+    if card.exists():
+        before = card.read_text(encoding="utf-8")
+        if not is_ours(before):
+            raise ReleaseError(
+                f"{card} was not written by this program and is left as it is; move it away first"
+            )
+        for name in ("license", "language"):
+            details[name] = details.get(name) or getattr(ModelCard(before).data, name)
     if run is not None and (run / PICTURE_FILE).exists():
         shutil.copyfile(run / PICTURE_FILE, folder / PICTURE_FILE)
     card.write_text(build_card(folder, run, **details), encoding="utf-8")
@@ -101,10 +119,11 @@ def is_ours(card: str) -> bool:
 
 
 def for_repository(card: str, repo_id: str) -> str:
-    """A card of ours whose code loads the model from the Hub rather than from this machine's folder."""
-    return (
-        re.sub(r'(\bmodel=|from_pretrained\()"[^"\n]*"', rf'\1"{repo_id}"', card) if is_ours(card) else card
-    )
+    """A card of ours whose commands name the model on the Hub rather than this machine's folder."""
+    if not is_ours(card):
+        return card
+    card = re.sub(r'(\bmodel=|from_pretrained\()"[^"\n]*"', rf'\1"{repo_id}"', card)
+    return re.sub(r"^hf download \S+", f"hf download {repo_id}", card, flags=re.MULTILINE)
 
 
 def _summary(record: Record) -> str:
@@ -128,7 +147,9 @@ def _load(record: Record, name: str) -> str:
     if not record.config:
         return (
             f"## Use it\n\n```python\nfrom peft import AutoPeftModelForCausalLM\n\nmodel = "
-            f'AutoPeftModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)\n```'
+            f'AutoPeftModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)\n```\n\nThe weights '
+            "here are only what was learnt: the base model has to lie where `adapter_config.json` says. "
+            "`finetune.py --merge` exports the two in one."
         )
     trust = ", trust_remote_code=True" if "auto_map" in record.config else ""
     prompt = record.samples[-1].get("prompt") if record.samples else None
@@ -269,16 +290,18 @@ def _training(record: Record) -> list[tuple[str, str]]:
     return rows
 
 
-def _reproduce(record: Record) -> str:
+def _reproduce(record: Record, repo_id: str | None) -> str:
     if not record.settings:
         return ""
     script = "finetune.py" if record.is_dungeons else "train_accelerate.py"
+    settings = f"{RUN_FOLDER}/{SETTINGS_FILE}"
+    fetch = f"hf download {repo_id or 'user/name'} {settings} --local-dir ."
     return (
-        f"## Reproduce it\n\nAll settings are in `{RUN_FOLDER}/settings.yaml`, every step's numbers in "
-        f"`{RUN_FOLDER}/metrics.jsonl`. In a checkout of gpt-scratch:\n\n```bash\naccelerate launch {script} "
-        "--config settings.yaml --run_dir artifacts/runs/again\n```\n\nThe order of the data is a function "
-        "of the seed; on the same hardware, data and versions the run repeats itself: bit for bit on a CPU, "
-        "and on a GPU as far as its kernels do (`--deterministic true`)."
+        f"## Reproduce it\n\nAll settings are in `{settings}`, every step's numbers in "
+        f"`{RUN_FOLDER}/metrics.jsonl`. In a checkout of gpt-scratch:\n\n```bash\n{fetch}\naccelerate launch "
+        f"{script} --config {settings} --run_dir artifacts/runs/again\n```\n\nThe order of the data is a "
+        "function of the seed; on the same hardware, data and versions the run repeats itself: bit for bit "
+        "on a CPU, and on a GPU as far as its kernels do (`--deterministic true`)."
     )
 
 

@@ -20,10 +20,11 @@ def card_metadata(record: Record, name: str, license: str | None, language: str 
     base = record.settings.get("model") if record.is_dungeons else None
     is_hub_id = isinstance(base, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
     tags = ["gpt2", "gpt-scratch", *(["custom_code"] if "auto_map" in record.config else [])]
+    tags += [] if record.config else ["lora"]
     return ModelCardData(
         language=language,
         license=license,
-        library_name="transformers",
+        library_name="transformers" if record.config else "peft",
         pipeline_tag="text-generation",
         tags=[*tags, *(["dungeons"] if record.is_dungeons else [])],
         datasets=[dataset] if dataset and not record.is_dungeons else None,

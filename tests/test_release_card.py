@@ -84,7 +84,8 @@ def test_a_card_tells_what_happened_in_the_run(run):
         "![Training and validation loss](loss.png)",
         "````text\nThe class holds ```a fence``` and | a bar\n````",
         "under the licence `apache-2.0`",
-        "--config settings.yaml",
+        "hf download user/name training/settings.yaml --local-dir .",
+        "accelerate launch train_accelerate.py --config training/settings.yaml",
     ):
         assert said in card
     assert " of old" not in card and "bits per byte" not in card  # of the first validation, not of the last
@@ -162,9 +163,33 @@ def test_a_card_that_a_person_wrote_is_left_alone(run):
         main([str(run)])
     assert card.read_text() == "# Mine\n"
     card.unlink()
-    assert card_of(run) == card_of(run, "--language", "en").replace(
-        "language: en\n", ""
-    )  # ours: written anew
+    plain = card_of(run)
+    assert "language" not in plain
+    named = card_of(run, "--language", "en", "--license", "mit")  # ours: written anew
+    assert "language: en\n" in named and "license: mit\n" in named
+    # A run that is repeated writes its card again: what its owner said is not lost.
+    assert card_of(run) == named
+    assert "license: apache-2.0\n" in card_of(run, "--license", "apache-2.0")
+
+
+def test_an_adapters_card_says_that_its_base_is_needed(run):
+    (run / "export" / "config.json").unlink()
+    (run / "export" / "adapter_config.json").write_text("{}")
+    settings = {
+        "field_dropout": 0.2,
+        "method": "lora",
+        "model": "openai-community/gpt2",
+        "learning_rate": 1e-4,
+    }
+    (run / "settings.yaml").write_text(yaml.safe_dump(settings))
+    card = card_of(run)
+    assert card_problems(card) == []
+    metadata = ModelCard(card).data.to_dict()
+    assert (metadata["library_name"], metadata["base_model"]) == ("peft", "openai-community/gpt2")
+    assert {"lora", "dungeons"} <= set(metadata["tags"])
+    assert (
+        "A LoRA adapter" in card and "the base model has to lie where" in card and "| method | lora |" in card
+    )
 
 
 @pytest.mark.parametrize("share, total", [(0.0, 1), (0.29, 1000), (1.0, 50), (0.25, 10042)])

@@ -12,6 +12,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from test_finetune_runs import SIZES, room
+from test_finetune_runs import TOY as FINETUNE_TOY
 from training_toys import (
     ROOT,
     as_flags,
@@ -22,6 +24,8 @@ from training_toys import (
     write_toy_shards,
 )
 
+from data.tokenizer import train_tokenizer
+from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
 from tests.hub_server import HubServer, card_problems
 from training.checkpoint import complete_checkpoints
 from training.finetuning import FinetuneSettings
@@ -273,6 +277,46 @@ def test_ctrl_c_while_the_hub_hangs_ends_at_once_with_the_run_complete(shards, t
     assert process.returncode == 0, said
     assert "the Hub is not waited for" in said and "Traceback" not in said
     assert (tmp_path / "run" / "export" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_writer_of_rooms_goes_out_with_its_card(tmp_path):
+    tokenizer = train_tokenizer([json.dumps(room(n)) for n in range(40)], 300)
+    ends = {"bos_token_id": 299, "eos_token_id": 299}
+    GPTScratchForCausalLM(GPTScratchConfig(**SIZES, **ends)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    for split, numbers in (("train", range(40)), ("validation", range(40, 48))):
+        lines = "".join(json.dumps(room(n)) + "\n" for n in numbers)
+        (tmp_path / f"{split}.jsonl").write_text(lines)
+    settings = {
+        **FINETUNE_TOY,
+        **PUSH,
+        "data": tmp_path,
+        "model": tmp_path / "base",
+        "run_dir": tmp_path / "run",
+    }
+    with HubServer({}, token=TOKEN) as hub:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "finetune.py"), *as_flags(settings)],
+            env=at_the_hub(hub, tmp_path / "here"),
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        there = hub.repositories["user/toy"]
+    card = there["README.md"].decode()
+    assert card_problems(card) == []
+    for said in (
+        "writes descriptions of dungeon rooms",
+        "## Prompt format",
+        "held-out rooms, bits per byte, after fine-tuning",  # measured after the export, told before the push
+        "![Training and validation loss](loss.png)",
+        "finetune.py --config training/settings.yaml",
+        'model="user/toy"',
+    ):
+        assert said in card
+    assert there["loss.png"].startswith(b"\x89PNG") and str(tmp_path) not in card
 
 
 @pytest.mark.slow
