@@ -25,4 +25,9 @@ def questions_to_ask(source: str, limit: int) -> list[Question]:
     Raises:
         ValueError: as `load_questions`.
     """
-    return load_questions(HUB_ID if source == "hub" else source, limit=limit) if source else []
+    if not source:
+        return []
+    try:
+        return load_questions(HUB_ID if source == "hub" else source, limit=limit)
+    except ValueError as error:
+        raise ValueError(f"{error}; --hellaswag_questions '' trains without them") from error

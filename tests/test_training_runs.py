@@ -244,7 +244,9 @@ def test_every_recipe_takes_steps_at_toy_size(shards, tmp_path, recipe):
     small = {key: TOY[key] for key in (*keys, "sample_tokens", "cpu_threads")}
     config = ROOT / "recipes" / f"{recipe}.yaml"
     flags = as_flags({**small, "config": config, "shards": shards, "run_dir": tmp_path / "run"})
-    train_flags_here([*flags, "--max_steps", "3", "--warmup_steps", "1", "--sample_prompts", "The"])
+    # The Hub's questions would want a network.
+    more = ["--max_steps", "3", "--warmup_steps", "1", "--sample_prompts", "The", "--hellaswag_questions", ""]
+    train_flags_here([*flags, *more])
     assert [line["step"] for line in metrics_of(tmp_path / "run") if "loss" in line] == [1, 2, 3]
 
 
