@@ -69,8 +69,10 @@ class FastEncoder:
                 self._start()
                 if not checked:
                     self._check_agreement(PROBE_TEXTS)
-            except (ValueError, RuntimeError) as error:
-                self.why_slow = str(error).splitlines()[0]
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # a panic of its Rust is no Exception
+                self.why_slow = str(error).partition("\n")[0]
 
     def _start(self) -> None:
         # It reads the JSON form; special tokens that it does not know are text.
