@@ -227,12 +227,13 @@ def peer_step(
             from liger_kernel.transformers import apply_liger_kernel_to_gpt2
 
             apply_liger_kernel_to_gpt2()
-        model: Any = stock_model(shape).to(device).train()
+        model: Any = stock_model(shape).train()
+        model.to(device)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY
         )
     else:
-        model = peer_model(name, shape, peers).to(device).train()
+        model = peer_model(name, shape, peers).train().to(device)
         more = {"betas": BETAS} if name == NANOGPT else {}
         with contextlib.redirect_stdout(io.StringIO()):
             optimizer = model.configure_optimizers(

@@ -10,10 +10,10 @@ import contextlib
 import io
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import GPT2LMHeadModel
 
 from benchmarks.contenders import NANOGPT, OURS, Shape, our_model, peer_model, stock_model, why_missing
 from benchmarks.harness import (
@@ -44,7 +44,7 @@ def generate_with(model: Any, cache: str | None) -> Callable[[torch.Tensor, int]
     if cache == "static":
         # On a GPU generate compiles static caches without being asked; on a CPU only when asked twice.
         config = CompileConfig(fullgraph=False, mode="default")
-        config._compile_all_devices = True
+        config._compile_all_devices = True  # type: ignore[assignment]
         more = {"cache_implementation": "static", "compile_config": config}
 
     def generate(prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
@@ -65,10 +65,10 @@ def contenders(shape: Shape, arguments: Any) -> dict[str, Callable[[torch.Tensor
     """Name → (prompt, new tokens) → all tokens."""
     device, found = arguments.device, {}
     torch.manual_seed(0)
-    ours = our_model(shape, use_cache=True).eval().to(device)
-    stock: GPT2LMHeadModel = stock_model(shape).eval().to(device)
-    stock.config.use_cache = True
-    for name, model in ((OURS, ours), (STOCK, stock)):
+    models: dict[str, Any] = {OURS: our_model(shape), STOCK: stock_model(shape)}
+    for name, model in models.items():
+        model.eval().to(device)
+        model.config.use_cache = True  # the steps of training leave it off
         model.generation_config.eos_token_id = None
         model.generation_config.use_cache = True
         found[f"{name}, dynamic cache"] = generate_with(model, None)
@@ -90,15 +90,14 @@ def measure(ways: dict, batch: int, new_tokens: int, shape: Shape, arguments: An
         for name, generate in ways.items():
             began = time.perf_counter()
             # A static cache is made, and compiled for, at its full length.
-            generate(prompt, new_tokens if "static" in name else 4)
+            tokens = generate(prompt, new_tokens if "static" in name else 4)
+            assert tokens.shape == (batch, PROMPT_TOKENS + (new_tokens if "static" in name else 4))
             first[name] = time.perf_counter() - began
         for number in range(arguments.rounds):
             for name, generate in ways.items():
                 if number and batch * new_tokens / rates[name][0] > SECONDS_RUN_ONCE:
                     continue
-                work: list[torch.Tensor] = []
-                seconds = timed(lambda g=generate, w=work: w.append(g(prompt, new_tokens)), arguments.device)
-                assert work[0].shape == (batch, PROMPT_TOKENS + new_tokens)
+                seconds = timed(partial(generate, prompt, new_tokens), arguments.device)
                 rates[name].append(batch * new_tokens / seconds.wall)
     return [
         {"contender": name, "batch": batch, "new_tokens": new_tokens, "tokens_per_second": rates[name]}

@@ -43,6 +43,14 @@ class Table:
         return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in self.rows])
 
 
+def table_from_markdown(text: str) -> Table:
+    """The table that `text` holds, and what stands before it as its title."""
+    title, _, body = text.strip().partition("|")
+    header, _, *lines = [line.strip().strip("|") for line in ("|" + body).splitlines() if line.strip()]
+    cells = [[cell.strip() for cell in line.split("|")] for line in (header, *lines)]
+    return Table(title.strip(), cells[0], cells[1:])
+
+
 @dataclass
 class Result:
     """What one run of a benchmark found."""
@@ -64,10 +72,8 @@ class Result:
         took = f", {self.seconds / 60:.0f} minutes" if self.seconds >= 60 else ""
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         lines = [f"## {self.title}", "", self.about, ""]
-        lines += [
-            f"`{self.command}`, {self.date}, commit {self.commit}{took}.",
-            f"{self.hardware}; {versions}.",
-        ]
+        lines += [f"`{self.command}`, {self.date}, commit {self.commit}{took}."]
+        lines += ["; ".join(filter(None, (self.hardware, versions))) + "."]
         for table in self.tables:
             lines += ["", table.as_markdown()]
         if self.not_run:

@@ -1,6 +1,6 @@
 """HellaSwag beside the two references, on one machine in one run: speed, log-probabilities, choices.
 
-    python -m benchmarks.hellaswag --data hellaswag_val.jsonl --limit 60 --rounds 3 --output hellaswag.md
+    python -m benchmarks.hellaswag --data hellaswag_val.jsonl --limit 60 --rounds 3
 
 A GPT-2 of 124M shape with random weights, unless --model names another: the weights do not change the
 arithmetic, and are drawn wide enough for endings to differ. lm-evaluation-harness is the installed one.
@@ -14,13 +14,10 @@ two references one after the other. Choices are by the sum and by the norm of th
 as a tie where the reference itself gives both endings the same number.
 """
 
-import argparse
-import json
-import platform
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +27,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks.hellaswag.utils import preprocess
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from benchmarks.harness import Result, benchmark_parser, hardware, reported, table_from_markdown
 from data.hellaswag import Question, load_questions
 from data.tokenizer import gpt2_tokenizer
 from evaluation.hellaswag import score_questions
@@ -134,29 +132,39 @@ def differences(found: list[Endings], reference: list[Endings]) -> dict[str, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = benchmark_parser(str(__doc__))
     parser.add_argument("--data", required=True, help="official .jsonl, or one of the same fields")
     parser.add_argument("--model", help="folder of a model with GPT-2's vocabulary (default: random 124M)")
     parser.add_argument("--limit", type=int, default=60)
     parser.add_argument("--every", type=int, default=1, help="take each so manieth question of the file")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="of the CPU (default: as torch finds)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], help="of ours; theirs is float32"
     )
-    parser.add_argument("--output", type=Path, help="also write the table here, and beside it a .json")
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads)
+    if arguments.quick:
+        arguments.limit, arguments.rounds, arguments.dtypes = 2, 1, ["float32"]
+    result = Result(
+        "hellaswag",
+        "HellaSwag",
+        "GPT-2 of 124M shape with random weights, unless --model names one; the references take float32.",
+    )
+    with reported(result, arguments.json):
+        report = measured(arguments)
+        result.tables.append(table_from_markdown(as_markdown(report)))
+        result.figures = report["rows"]
+
+
+def measured(arguments: Any) -> dict:
+    """All contestants in turns."""
     device = torch.device(arguments.device)
     torch.manual_seed(0)
+    small: dict[str, Any] = {"n_layer": 1, "n_embd": 48, "n_head": 2} if arguments.quick else {}
     model = (
         AutoModelForCausalLM.from_pretrained(arguments.model)
         if arguments.model
-        else GPT2LMHeadModel(GPT2Config(initializer_range=0.05))
+        else GPT2LMHeadModel(GPT2Config(initializer_range=0.05, **small))
     )
     # Through bfloat16 once, so that every contestant has the same weights whatever its dtype.
     model = model.eval().to(device, torch.bfloat16).to(torch.float32)
@@ -184,8 +192,8 @@ def main() -> None:
             )
             model.to(torch.float32)
 
-    report = {
-        "machine": platform.processor() or platform.machine(),
+    return {
+        "machine": hardware(),
         "device": str(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -195,12 +203,6 @@ def main() -> None:
             describe(name, dtype, len(questions), {"wall": wall, "cpu": cpu}, scores) for name, dtype in runs
         ],
     }
-    table = as_markdown(report)
-    print("\n" + table)
-    if arguments.output:
-        arguments.output.write_text(table + "\n", encoding="utf-8")
-        path = arguments.output.with_suffix(".json")
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def describe(name: str, dtype: str, questions: int, clocks: dict, scores: dict) -> dict:
@@ -227,7 +229,7 @@ def describe(name: str, dtype: str, questions: int, clocks: dict, scores: dict) 
 
 def as_markdown(report: dict) -> str:
     lines = [
-        f"{report['questions']} questions, medians of {report['rounds']} rounds, {report['machine']}, "
+        f"{report['questions']} questions, medians of {report['rounds']} rounds, "
         f"{report['threads']} threads, {report['device']}, torch {report['torch']}",
         "",
         "| | dtype | questions/s | CPU s | harness = 1 | build-nanogpt = 1 | same styles = 1 | in CPU time | "

@@ -1,6 +1,6 @@
 """What the training loop costs beside a bare loop on the same model: forward, backward, clip, step.
 
-    python benchmarks/loop_overhead.py --output table.md
+    python -m benchmarks.loop_overhead
 
 One process trains with `train_accelerate`, and between its steps takes as many of a bare loop, turn about in
 short blocks, so that whatever else happens on the machine disturbs both alike. Every other block of the real
@@ -8,8 +8,6 @@ loop holds a checkpoint. Then the run is started again, and timed until its firs
 table of medians with their quartiles. Further flags go to the training, such as `--cpu_threads 1`.
 """
 
-import argparse
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,6 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from training_toys import write_toy_shards  # noqa: E402
 
 import train_accelerate  # noqa: E402
+from benchmarks.harness import Result, benchmark_parser, reported, table_from_markdown  # noqa: E402
 from data.loader import build_loader, collate_blocks  # noqa: E402
 from training.checkpoint import complete_checkpoints  # noqa: E402
 from training.device import choose_precision  # noqa: E402
@@ -42,6 +41,7 @@ SHAPES = {
     "the demo's, 4 blocks of 256": [],
     "6 blocks of 384": ["--n_layer", "6", "--n_head", "6", "--n_embd", "384"],
 }
+TOY = {"toy": ["--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--block_size", "32"]}
 SECONDS_BETWEEN_CHECKPOINTS = 600
 
 
@@ -185,36 +185,35 @@ def measure(name: str, flags: list[str], rounds: int, steps: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = benchmark_parser(str(__doc__))
     parser.add_argument("--rounds", type=int, default=12, help="blocks of the loop without a checkpoint")
     parser.add_argument("--steps", type=int, default=10, help="steps of a block")
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes")
-    parser.add_argument("--output", type=Path, help="write the table to this file as well")
     arguments, more = parser.parse_known_args()
-    rows = []
-    with tempfile.TemporaryDirectory() as temporary:
+    more += ["--cpu_threads", str(arguments.threads)]
+    shapes = TOY if arguments.quick else SHAPES
+    if arguments.quick:
+        arguments.rounds, arguments.steps = 2, 2
+    result = Result(
+        "loop_overhead",
+        "The loop around a step",
+        "`train_accelerate` and a bare forward, backward, clip and update take turns in one process. "
+        f"Medians, in brackets the quartiles, of {arguments.rounds} blocks of {arguments.steps} steps.",
+    )
+    with reported(result, arguments.json), tempfile.TemporaryDirectory() as temporary:
+        rows = []
         shards = write_toy_shards(Path(temporary), documents=8000)
-        for number, (name, shape) in enumerate(list(SHAPES.items())[: arguments.shapes]):
+        for number, (name, shape) in enumerate(list(shapes.items())[: arguments.shapes]):
             flags = ["--config", str(ROOT / "recipes" / "demo.yaml"), "--shards", str(shards), *shape, *more]
             flags += ["--run_dir", str(Path(temporary, f"run-{number}")), "--save_every_minutes", "0"]
             flags += ["--eval_tokens", "4096", "--sample_tokens", "1", "--warmup_steps", "0"]
             flags += ["--eval_every_steps", "1000000", "--sample_every_steps", "1000000"]
             rows += measure(name, flags, arguments.rounds, arguments.steps)
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    threads = torch.get_num_threads()
-    lines = [
-        f"{where}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}. Medians, in "
-        f"brackets the quartiles, of {arguments.rounds} blocks of {arguments.steps} steps.\n",
-        "| model | clock | bare step, ms | step of train_accelerate, ms | more |",
-        "|---|---|---|---|---|",
-        *rows,
-    ]
-    table = "\n".join(lines) + "\n"
-    print(table)
-    if arguments.output:
-        arguments.output.write_text(table, encoding="utf-8")
+        header = [
+            "| model | clock | bare step, ms | step of train_accelerate, ms | more |",
+            "|---|---|---|---|---|",
+        ]
+        result.tables.append(table_from_markdown("\n".join(header + rows)))
 
 
 if __name__ == "__main__":

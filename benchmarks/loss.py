@@ -6,18 +6,15 @@ over inputs, weight and their gradients, which both need.
 """
 
 import argparse
-import json
-import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.harness import Result, Table, benchmark_parser, peak_bytes, reported
 from modeling_gpt_scratch import linear_cross_entropy
 
 
@@ -52,17 +49,6 @@ def step(loss, tensors, precision, device):
     return value.item()
 
 
-def peak_mib(device):
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        # Not ru_maxrss: Linux hands the parent's peak on to a child.
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return int(status.split("VmHWM:")[1].split()[0]) / 2**10
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
-
-
 def measure_memory(name, precision, arguments):
     """MiB over inputs and gradients, median of processes of their own: a peak cannot be reset."""
     command = [sys.executable, "-m", "benchmarks.loss", "--only_memory_of", name, "--precision", precision]
@@ -73,7 +59,7 @@ def measure_memory(name, precision, arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = benchmark_parser(__doc__)
     parser.add_argument(
         "--tokens", type=int, default=2048, help="rows of hidden states (default: %(default)s)"
     )
@@ -82,27 +68,48 @@ def main():
     parser.add_argument(
         "--rounds", type=int, default=7, help="interleaved repetitions (default: %(default)s)"
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--precision", nargs="*", default=["fp32", "bf16"], choices=["fp32", "bf16"])
-    parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--only_memory_of", choices=LOSSES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.quick:
+        arguments.tokens, arguments.vocabulary, arguments.rounds, arguments.precision = 64, 512, 2, ["bf16"]
     tensors = inputs(arguments)
 
     if arguments.only_memory_of:
-        before = peak_mib(arguments.device)
+        before = peak_bytes(arguments.device)
         step(LOSSES[arguments.only_memory_of], tensors, arguments.precision[0], arguments.device)
-        print(peak_mib(arguments.device) - before)
+        print((peak_bytes(arguments.device) - before) / 2**20)
         return
 
-    print(
-        f"{arguments.tokens:,} tokens x {arguments.vocabulary:,} words, width {arguments.width}, "
-        f"{arguments.device} ({platform.machine()}, {arguments.threads} threads), torch {torch.__version__}\n"
-        "\n| precision | loss | ms (median) | ms (min, max) | extra MiB | time | memory |\n"
-        "|---|---|---|---|---|---|---|"
+    result = Result(
+        "loss",
+        "The loss beside the plain one",
+        "Forward and backward of head and cross-entropy, in turns. Extra MiB is the peak over inputs, weight "
+        f"and their gradients, median of {MEMORY_RUNS} processes.",
     )
+    with reported(result, arguments.json):
+        result.figures = figures_of(tensors, arguments)
+        rows = [
+            [
+                row["precision"],
+                row["loss"],
+                f"{row['median_ms']:,.0f} ({row['min_ms']:,.0f}–{row['max_ms']:,.0f})",
+                f"{row['extra_mib']:,.0f}",
+                f"{row['time_ratio']:.2f}",
+                f"{row['memory_ratio']:.2f}",
+            ]
+            for row in result.figures
+        ]
+        title = (
+            f"{arguments.tokens:,} tokens x {arguments.vocabulary:,} words, width {arguments.width}, "
+            f"{arguments.device}, {arguments.threads} threads"
+        )
+        columns = ["precision", "loss", "ms (smallest–largest)", "extra MiB", "time", "memory"]
+        result.tables.append(Table(title, columns, rows))
+
+
+def figures_of(tensors, arguments):
     rows = []
     for precision in arguments.precision:
         seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
@@ -114,8 +121,8 @@ def main():
                     seconds[name].append(time.perf_counter() - start)
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         memory = {name: measure_memory(name, precision, arguments) for name in LOSSES}
-        for name in LOSSES:
-            row = {
+        rows += [
+            {
                 "precision": precision,
                 "loss": name,
                 "median_ms": 1e3 * medians[name],
@@ -125,15 +132,9 @@ def main():
                 "time_ratio": medians[name] / medians["plain"],
                 "memory_ratio": memory[name] / memory["plain"] if memory["plain"] else float("nan"),
             }
-            rows.append(row)
-            print(
-                f"| {precision} | {name} | {row['median_ms']:,.0f} "
-                f"| {row['min_ms']:,.0f}, {row['max_ms']:,.0f} | {row['extra_mib']:,.0f} "
-                f"| {row['time_ratio']:.2f} | {row['memory_ratio']:.2f} |"
-            )
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+            for name in LOSSES
+        ]
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """How fast text becomes shards, and shards batches, beside other ways of doing it on the same documents.
 
-    python benchmarks/preparation.py --data prose.jsonl … [--megabytes 100] [--copies 4] [--rounds 3]
-        [--output benchmarks/preparation.md]
+    python -m benchmarks.preparation --data prose.jsonl … [--megabytes 100] [--copies 4] [--rounds 3]
 
 Every way starts from the same Parquet files, except the first, which has the texts in memory and writes
 nothing: it is the ceiling. Each runs in a process of its own, without the time for its imports; ways take
@@ -10,15 +9,12 @@ turns, so that a busy machine slows all of them. The medians of the rounds count
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import datetime
 import io
 import json
 import lzma
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -39,6 +35,7 @@ sys.path.insert(0, os.fspath(Path(__file__).resolve().parent.parent))
 
 import tiktoken
 
+from benchmarks.harness import Result, benchmark_parser, reported, table_from_markdown
 from data.encoder import byte_of_character
 from data.loader import build_loader, collate_blocks
 from data.prepare import PrepareSettings, prepare
@@ -235,7 +232,8 @@ class CpuTime:
 def measure(way: str, source: Path, tokenizer: Path) -> dict[str, float]:
     """One run in a process of its own; {"tokens", "seconds", "cpu_seconds"}."""
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:
-        command = [sys.executable, __file__, "--way", way, os.fspath(source), folder, os.fspath(tokenizer)]
+        arguments = [way, os.fspath(source), folder, os.fspath(tokenizer)]
+        command = [sys.executable, "-m", "benchmarks.preparation", "--way", *arguments]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -249,7 +247,7 @@ def run_one(way: str, source: str, folder: str, tokenizer: str) -> None:
     print(json.dumps({"tokens": tokens, "seconds": seconds, "cpu_seconds": cpu.seconds}))
 
 
-def loader_rate(folder: Path) -> float:
+def loader_rate(folder: Path, enough: int) -> float:
     """Tokens/s of batches in permuted order, from the page cache, in one process."""
     batches = iter(
         build_loader(TokenBlocks(folder, BLOCK), collate_blocks, micro_batch_size=MICRO_BATCH, seed=0)
@@ -257,7 +255,7 @@ def loader_rate(folder: Path) -> float:
     for _ in range(1000):
         next(batches)
     started, tokens = time.perf_counter(), 0
-    while tokens < LOADER_TOKENS:
+    while tokens < enough:
         tokens += next(batches)["input_ids"].numel()
     return tokens / (time.perf_counter() - started)
 
@@ -285,28 +283,27 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        info = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
-    return f"{os.cpu_count()} cores of {name}, {psutil.virtual_memory().total / 2**30:.0f} GiB"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = benchmark_parser(str(__doc__))
     parser.add_argument("--data", required=True, nargs="+", help="JSON lines with a `text` column, also .xz")
     parser.add_argument("--megabytes", type=float, default=110.0, help="of text to read")
-    parser.add_argument("--copies", type=int, default=4, help="times that each text is taken, told apart")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--copies", type=int, default=1, help="times that each text is taken, told apart")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--without_map", action="store_true", help="leave out datasets.map, the slowest")
-    parser.add_argument("--output", help="file for the table, such as benchmarks/preparation.md")
     arguments = parser.parse_args()
-    load = os.getloadavg()[0]
-    texts = list(read_texts(arguments.data, arguments.megabytes))
+    loader_tokens = LOADER_TOKENS
+    if arguments.quick:
+        arguments.megabytes, arguments.rounds, arguments.without_map, loader_tokens = 0.5, 1, True, 10**6
     ways = [way for way in WAYS if not (arguments.without_map and way == MAP)]
+    result = Result(
+        "preparation",
+        "Text to shards, shards to batches",
+        f"Medians of {arguments.rounds} rounds (extremes); each with {PROCESSES} processes or threads.",
+        not_run=[] if MAP in ways else [[MAP, "asked to be left out"]],
+    )
     results: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-    with tempfile.TemporaryDirectory() as scratch:
+    with reported(result, arguments.json), tempfile.TemporaryDirectory() as scratch:
+        texts = list(read_texts(arguments.data, arguments.megabytes))
         base = Path(scratch)
         source, tokenizer = base / "texts", base / "tokenizer"
         characters = write_parquet(texts, arguments.copies, source)
@@ -323,29 +320,17 @@ def main() -> None:
         settings = PrepareSettings(str(source), str(base / "set"), tokenizer=str(tokenizer))
         with contextlib.redirect_stdout(io.StringIO()):
             shards = prepare(settings, progress=False)
-        loader = [loader_rate(shards) / 1e6 for _ in range(arguments.rounds)]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    names = " ".join(Path(path).name for path in arguments.data)
-    report = f"""# Results of `preparation.py`
-
-| | |
-|---|---|
-| command | `python benchmarks/preparation.py --data {names} --megabytes {arguments.megabytes:g} \
---copies {arguments.copies} --rounds {arguments.rounds}` |
-| commit | {commit.stdout.strip()}, {datetime.date.today().isoformat()} |
-| machine | {machine()}; load {load:.1f} when it began |
-| documents | {len(texts) * arguments.copies:,} of {characters / 1e6:,.0f} million characters, \
-{results[OURS][0]["tokens"] / 1e6:,.1f} million tokens, {FILES} Parquet files |
-
-Medians of {arguments.rounds} rounds (smallest–largest); every way uses two processes or threads.
-
-{table(results)}
-
-Loader, blocks of {BLOCK:,} in permuted order, {MICRO_BATCH} a batch: {spread(loader)} million tokens/s.
-"""
-    print(report)
-    if arguments.output:
-        Path(arguments.output).write_text(report, encoding="utf-8")
+        loader = [loader_rate(shards, loader_tokens) / 1e6 for _ in range(arguments.rounds)]
+        title = (
+            f"{len(texts) * arguments.copies:,} documents of {characters / 1e6:,.0f} million characters, "
+            f"{results[OURS][0]['tokens'] / 1e6:,.1f} million tokens, {FILES} Parquet files\n\n"
+        )
+        result.tables.append(table_from_markdown(title + table(results)))
+        result.about += (
+            f" The loader then gave {spread(loader)} million tokens/s, blocks of {BLOCK:,} in permuted "
+            f"order, {MICRO_BATCH} a batch."
+        )
+        result.figures = [{"way": way, **one} for way in ways for one in results[way]]
 
 
 if __name__ == "__main__":
