@@ -82,6 +82,13 @@ def outgoing_files(folder: Path) -> tuple[list[Path], list[str]]:
     return going, [path.name for path in entries if path not in going and path.name not in FOR_RESUMING]
 
 
+def local_base(folder: Path) -> str | None:
+    """Of an adapter whose base is a folder of this machine, that folder: others will not find it."""
+    base = _read_json(folder / ADAPTER_FILES[0], []).get("base_model_name_or_path")
+    is_hub_id = isinstance(base, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    return None if base is None or is_hub_id else str(base)
+
+
 def find_run(folder: Path) -> Path | None:
     """The run directory that `folder` lies in: an export in it, or one of its checkpoints."""
     absolute = folder.resolve()

@@ -27,6 +27,7 @@ from release.folder import (
     ReleaseError,
     check_export,
     find_run,
+    local_base,
     outgoing_files,
 )
 
@@ -75,6 +76,8 @@ def push(
         contents, staying = _contents(folder, repo_id)
         if staying:
             say(f"Stays here: {', '.join(staying)}")
+        if base := local_base(folder):
+            say(f"The adapter's base is {base}, which is not on the Hub; --merge makes one model of the two.")
         return _patiently(lambda: _push_once(api, contents, repo_id, private, revision, say), retries, say)
 
     return _with_the_hub(work, repo_id, token)

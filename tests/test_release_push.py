@@ -221,6 +221,16 @@ def test_a_name_the_hub_refuses_is_refused_before_anything_is_sent(run, name):
     assert f"takes no repository named {name!r}" in message and "user/name" in message
 
 
+def test_an_adapter_whose_base_lies_here_goes_out_with_a_word_about_it(run):
+    export = run / "export"
+    (export / "model.safetensors").rename(export / "adapter_model.safetensors")
+    for base, is_said in ((str(run / "base"), True), ("openai-community/gpt2", False)):
+        (export / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        told = []
+        refusal(export, told, token=TOKEN, retries=0)  # there is no network here
+        assert any(f"base is {base}, which is not on the Hub" in line for line in told) == is_said
+
+
 def test_without_a_token_it_says_how_to_get_one(run, tmp_path):
     with HubServer({}, token=TOKEN) as hub:
         pushed = push(run / "export", environment(hub, tmp_path, token=None))

@@ -19,6 +19,7 @@ from training.report import PICTURE_FILE, draw_losses
 from training.run_directory import on_main_process
 from training.settings import SettingsError
 
+CARD_FILE = "README.md"  # of an export
 # Of a run that was stopped: whoever stopped it is waiting.
 SECONDS_FOR_THE_HUB_AFTER_A_STOP = 30.0
 
@@ -71,7 +72,9 @@ class Publisher:
                 if self._pushes is not None:
                     self._pushes.stop(min(waits, SECONDS_FOR_THE_HUB_AFTER_A_STOP))
                 return
-            self._describe(export)
+            # Once for each export: a run that was complete stays as it is, unless others are to see it.
+            if self._pushes is not None or not (export / CARD_FILE).exists():
+                self._describe(export)
             if self._pushes is not None:
                 _say(f"Pushing {export} to the Hub as {self._settings.hub_model_id}.")
                 url = self._pushes.finish(export, waits)
