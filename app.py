@@ -32,7 +32,7 @@ DEFAULT_MODEL = "artifacts/runs/dungeons/export"
 MAX_NEW_TOKENS = 400
 MIN_NEW_TOKENS = 32  # fields that leave less than this to write in are left out
 MAX_VARIANTS = 4
-MAX_SEED = 999_999
+SEED_DIGITS = 6
 MAX_TEMPERATURE = 1.5
 MIN_TEMPERATURE = 0.1
 MAX_WAITING = 16  # visitors in the queue; more are told to come again
@@ -52,7 +52,10 @@ FONTS = ["Iowan Old Style", "Palatino Linotype", "Palatino", "P052", "Georgia", 
 # On a phone the rooms stand below the fields.
 TO_THE_KEY = """(...values) => {
   const key = document.getElementById("key");
-  if (key.getBoundingClientRect().top > innerHeight / 2) key.scrollIntoView({behavior: "smooth"});
+  if (key.getBoundingClientRect().top > innerHeight / 2) {
+    key.style.minHeight = `${innerHeight}px`;
+    key.scrollIntoView({behavior: "smooth"});
+  }
   return values;
 }"""
 EMPTY = """<div class="empty"><p>Nothing is written yet.</p><p>Fill in what you know of the room, any of
@@ -131,8 +134,11 @@ def build_page(writer: Writer) -> gr.Blocks:
 
         fields, notes = fitting_fields(writer, given)
         wanted, left = int(between(length, 1, MAX_NEW_TOKENS)), writer.context - writer.prompt_tokens(fields)
-        drawn = again or seed is None
-        first = random.randrange(MAX_SEED - MAX_VARIANTS) if drawn else int(between(seed, 0, MAX_SEED))
+        first, chosen = random.randrange(10**SEED_DIGITS - MAX_VARIANTS), str(seed or "").strip()
+        if not again and chosen.isdecimal() and len(chosen) <= SEED_DIGITS:
+            first = int(chosen)
+        elif not again and chosen:
+            notes.append(f"The seed is no number of up to {SEED_DIGITS} digits: another was drawn.")
         seeds = [first + number for number in range(int(between(variants, 1, MAX_VARIANTS)))]
         number = entries[-1].number + (not again) if entries else 1
         entry = Entry(number, fields, seeds, [("", False)] * len(seeds))
@@ -193,12 +199,8 @@ def build_page(writer: Writer) -> gr.Blocks:
                         MIN_TEMPERATURE, MAX_TEMPERATURE, 0.7, step=0.05, label="Temperature (low is sober)"
                     )
                     length = gr.Slider(20, MAX_NEW_TOKENS, 200, step=10, label="Length (tokens at most)")
-                    seed = gr.Number(
-                        None,
-                        label="Seed (empty: another each time)",
-                        precision=0,
-                        minimum=0,
-                        maximum=MAX_SEED,
+                    seed = gr.Textbox(  # a gr.Number would turn from empty to 0
+                        label="Seed (empty: another each time)", max_length=SEED_DIGITS, max_lines=1
                     )
             with gr.Column(scale=8, min_width=320, elem_id="key"):
                 with gr.Row(elem_id="more"):

@@ -85,7 +85,7 @@ def entry_as_html(entry: Entry, writing: bool = False) -> str:
             lines = [f"{label}. {title}", "", text, *([""] if asked else [])]
             plain = "\n".join([*lines, *(f"{name}: {value}" for name, value in asked.items())])
             tail = (
-                f"<span>{len(text.split())} words{'' if ended else ', cut off'}</span>"
+                f"<span>{len(text.split())}{'' if ended else '+'} words</span>"
                 f'<button type="button" class="copy" aria-label="Copy room {label}" '
                 f'data-copy="{html.escape(plain)}">Copy</button>'
             )

@@ -128,7 +128,7 @@ def set_number(page, label: str, value: int | float) -> None:
     """A slider or a number among the settings, which are opened for it."""
     if not page.locator("#how input").first.is_visible():
         page.click("#how button")
-    box = page.get_by_label(label).locator("visible=true").locator("xpath=self::input[@type='number']").first
+    box = page.locator("#how").get_by_label(label).locator("xpath=self::*[not(@type='range')]").first
     box.fill(str(value))
     box.blur()
 

@@ -7,7 +7,10 @@ import pytest
 from tests.app_toys import CHROMIUM, chromium, fill, served, set_number, texts, visit, write_writer, written
 
 pytest.importorskip("playwright", reason="the browser is driven by playwright")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium"),
+]
 
 
 def test_a_model_may_be_missing_then_broken_then_whole_then_gone(tmp_path):

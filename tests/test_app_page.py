@@ -76,7 +76,7 @@ def test_rooms_grow_before_the_readers_eyes_and_a_seed_writes_them_again(see, ad
         assert lengths == sorted(lengths) and len(set(lengths)) >= 3, lengths
         assert len(set(rooms)) == 3 and all(len(room) > 40 for room in rooms)
         shown = page.inner_text("#current")
-        for words in ("Bridge, sewer", "1a", "1c", "seed 7", "seed 9", "a bell, wet rope", "cut off"):
+        for words in ("Bridge, sewer", "1a", "1c", "seed 7", "seed 9", "a bell, wet rope", "+ words"):
             assert words.lower() in shown.lower(), shown
 
         page.click("#current .copy >> nth=1")
@@ -116,7 +116,7 @@ def test_writing_ends_when_the_visitor_says_so_and_when_the_visitor_leaves(see, 
 
         set_number(page, "Length", 20)
         press_write(page)
-        assert len(written(page)[0]) < len(first) or first == ""
+        assert first and len(written(page)) == 3
         set_number(page, "Length", 400)
         press_write(page)
         page.wait_for_function(BUSY)
@@ -209,7 +209,8 @@ def test_whatever_is_typed_is_text_bounded_and_in_no_log(see, address, log):
     # Past the browser: the server bounds what it is sent.
     client = gradio_client.Client(address, verbose=False)
     typed = ["", hostile, "W" * 100_000, "xyzzy", "", "", ""]
-    status, current, *_ = client.predict(*typed, 5, 0.7, 20, 3, api_name="/write")
+    status, current, *_ = client.predict(*typed, "9" * 100_000, 0.7, 20, 3, api_name="/write")
+    assert "The seed is no number of up to 6 digits" in str(status)
     assert "Place: of 100,000 characters the first 160 were read" in str(status)
     assert "W" * 160 in str(current) and "W" * 161 not in str(current)
     printed = log.read_text()
@@ -258,6 +259,8 @@ def test_the_page_is_legible_and_asks_nobody_else(see, address, viewport, scheme
         nameless = controls.evaluate_all("""all => all.filter(e => !(e.labels?.length || e.innerText?.trim()
             || e.getAttribute('aria-label') || e.title)).map(e => e.outerHTML)""")
         assert nameless == []
+        widths = page.eval_on_selector_all("#order, #current .room", "all => all.map(e => e.offsetWidth)")
+        assert len(widths) == 4 and min(widths) >= (340 if viewport == PHONE else 230), widths
         small = page.eval_on_selector_all(
             "#write, #dice, #again, .copy", "all => all.map(e => e.offsetHeight)"
         )
@@ -286,7 +289,7 @@ def test_the_page_keeps_the_last_rooms_and_no_more(see, address):
 @pytest.mark.slow
 def test_the_queue_is_bounded_and_who_comes_too_late_is_told(see, address):
     def join(session, length):
-        values = [""] * 7 + [1, 0.7, length, 1, None]
+        values = [""] * 7 + ["1", 0.7, length, 1, None]
         body = {"data": values, "fn_index": write_index, "session_hash": session, "trigger_id": None}
         request = urllib.request.Request(
             f"{address}/gradio_api/queue/join",
