@@ -60,12 +60,18 @@ def clone(tmp_path_factory):
     """A checkout with a small demo, what the documents take for granted, and the demo's run."""
     clone = tmp_path_factory.mktemp("documents") / "clone"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-    recipe = {**TOY_SETTINGS, "batch_tokens": 8192, "micro_batch_size": 64, "source": "docs"}
+    recipe = {**TOY_SETTINGS, "batch_tokens": 8192, "micro_batch_size": 16, "source": "docs"}
     recipe |= {"shards": "artifacts/shards/toy", "train_tokenizer": 400, "run_dir": "artifacts/runs/demo"}
-    recipe |= {"block_size": 128, "save_every_steps": 20}
+    recipe |= {"block_size": 512, "save_every_steps": 20}  # 512: most bundled rooms fit
     (clone / "recipes" / "demo.yaml").write_text(yaml.safe_dump(recipe))
     rooms = {**yaml.safe_load((clone / "recipes" / "dungeons_demo.yaml").read_text(encoding="utf-8"))}
-    rooms |= {"max_steps": 4, "eval_every_steps": 4, "sample_every_steps": 4, "sample_tokens": 4}
+    rooms |= {
+        "eval_tokens": 4096,
+        "max_steps": 4,
+        "eval_every_steps": 4,
+        "sample_every_steps": 4,
+        "sample_tokens": 4,
+    }
     rooms |= {"warmup_steps": 1, "early_stopping_evaluations": 0, "sample_prompts": ["Description:"]}
     (clone / "recipes" / "dungeons_demo.yaml").write_text(yaml.safe_dump(rooms))
     (clone / "texts").mkdir()
