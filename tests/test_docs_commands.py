@@ -1,8 +1,8 @@
 """Every command and snippet of the documents is run as it stands, by this or a neighbouring test, or says why
 it is not.
 
-README.md is run by test_readme.py, docs/release.md by test_release_docs.py, docs/page.md by test_app_docs.py. The
-others run here in a clone whose demo recipe is a small one: the same commands in seconds.
+README.md is run by test_readme.py, docs/release.md by test_release_docs.py, docs/page.md by test_app_docs.py.
+The others run here, in a clone whose demo recipe is a small one: the same commands in seconds.
 """
 
 import dataclasses
