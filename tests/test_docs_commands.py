@@ -65,14 +65,9 @@ def clone(tmp_path_factory):
     recipe |= {"block_size": 512, "save_every_steps": 20}  # 512: most bundled rooms fit
     (clone / "recipes" / "demo.yaml").write_text(yaml.safe_dump(recipe))
     rooms = {**yaml.safe_load((clone / "recipes" / "dungeons_demo.yaml").read_text(encoding="utf-8"))}
-    rooms |= {
-        "eval_tokens": 4096,
-        "max_steps": 4,
-        "eval_every_steps": 4,
-        "sample_every_steps": 4,
-        "sample_tokens": 4,
-    }
-    rooms |= {"warmup_steps": 1, "early_stopping_evaluations": 0, "sample_prompts": ["Description:"]}
+    rooms |= {"max_steps": 4, "warmup_steps": 1, "mixed_precision": "no", "sample_prompts": ["Description:"]}
+    rooms |= {"eval_every_steps": 4, "eval_tokens": 4096, "sample_every_steps": 4, "sample_tokens": 4}
+    rooms |= {"early_stopping_evaluations": 0}
     (clone / "recipes" / "dungeons_demo.yaml").write_text(yaml.safe_dump(rooms))
     (clone / "texts").mkdir()
     with gzip.open(clone / "texts" / "some.jsonl.gz", "wt") as file:
