@@ -58,6 +58,7 @@ TO_THE_KEY = """(...values) => {
   }
   return values;
 }"""
+SPOKEN = 'element.setAttribute("role", "status")'  # screen readers tell what it says
 EMPTY = """<div class="empty"><p>Nothing is written yet.</p><p>Fill in what you know of the room, any of
 the fields or none, or roll the dice.</p></div>"""
 FOOTER = """<p>A small language model writes these rooms: read them before you play them. What you type
@@ -204,7 +205,7 @@ def build_page(writer: Writer) -> gr.Blocks:
                     )
             with gr.Column(scale=8, min_width=320, elem_id="key"):
                 with gr.Row(elem_id="more"):
-                    status = gr.HTML(model_as_html(writer), elem_id="status")
+                    status = gr.HTML(model_as_html(writer), elem_id="status", js_on_load=SPOKEN)
                     again_button = gr.Button("↻ Write it again", visible=False, size="sm", elem_id="again")
                     stop_button = gr.Button(
                         "■ Stop", visible=False, size="sm", variant="stop", elem_id="stop"

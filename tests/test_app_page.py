@@ -259,6 +259,7 @@ def test_the_page_is_legible_and_asks_nobody_else(see, address, viewport, scheme
         nameless = controls.evaluate_all("""all => all.filter(e => !(e.labels?.length || e.innerText?.trim()
             || e.getAttribute('aria-label') || e.title)).map(e => e.outerHTML)""")
         assert nameless == []
+        assert "Room 1 is written" in page.inner_text("#status [role=status]:not(.sr-only)")
         widths = page.eval_on_selector_all("#order, #current .room", "all => all.map(e => e.offsetWidth)")
         assert len(widths) == 4 and min(widths) >= (340 if viewport == PHONE else 230), widths
         small = page.eval_on_selector_all(
