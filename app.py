@@ -74,8 +74,10 @@ def read_rooms() -> list[dict[str, Any]]:
 def roll(rooms: list[dict[str, Any]]) -> list[str]:
     """In the order of FIELDS: a room's own, with mood, exits and inhabitants of others in its setting."""
     room = random.choice(rooms)
-    others = [other for other in rooms if other["setting"] == room["setting"]]
-    fields = {**room, **{name: random.choice(others).get(name) for name in ("mood", "exits", "inhabitants")}}
+    alike = [other for other in rooms if other["setting"] == room["setting"]]
+    fields = dict(room)
+    for name in ("mood", "exits", "inhabitants"):
+        fields[name] = random.choice([other[name] for other in alike if other.get(name)] or [""])
     values = [fields.get(name) or "" for name in FIELDS]
     return [value if isinstance(value, str) else ", ".join(value) for value in values]
 
@@ -264,6 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         footer_links=[],
         theme=theme,
         css_paths=HERE / "space" / "style.css",
+        favicon_path=HERE / "space" / "favicon.svg",
     )
 
 
