@@ -109,7 +109,10 @@ def write_card(folder: Path, run: Path | None, **details: Any) -> Path:
             details[name] = details.get(name) or getattr(ModelCard(before).data, name)
     if run is not None and (run / PICTURE_FILE).exists():
         shutil.copyfile(run / PICTURE_FILE, folder / PICTURE_FILE)
-    card.write_text(build_card(folder, run, **details), encoding="utf-8")
+    # In one motion: a card that a kill cut short would pass for a person's, and stay.
+    unfinished = card.with_name(f".{CARD_FILE}.unfinished")
+    unfinished.write_text(build_card(folder, run, **details), encoding="utf-8")
+    unfinished.replace(card)
     return card
 
 
