@@ -193,7 +193,8 @@ def train_with_trainer(arguments: argparse.Namespace) -> None:
 
     trainer_for(TRAINER_TRIAL_STEPS, [Trial()]).train()
     seconds_per_step = median(after - before for before, after in itertools.pairwise(ends))
-    steps = max(1, round(60 * arguments.minutes / seconds_per_step))
+    # A tenth more than promised: a rate near zero at the end is better than steps that are missing.
+    steps = max(1, round(1.1 * 60 * arguments.minutes / seconds_per_step))
 
     class InTurns(TrainerCallback):
         turns: Turns
