@@ -71,10 +71,11 @@ class Journal:
         """Say and note that training starts or goes on; `chosen` is where and how it computes."""
         machine, processes = self._machine, self._accelerator.num_processes
         batch = describe_batch(self._length.settings, processes)
-        self._accelerator.print(
-            f"{chosen}\n{parameters:,} parameters; {batch}.\n"
-            f"MFU is relative to {machine.peak_flops / 1e12:,.3g} TFLOP/s ({machine.peak_source})."
-        )
+        if self._accelerator.is_main_process:  # accelerator.print would say it on every machine
+            print(
+                f"{chosen}\n{parameters:,} parameters; {batch}.\n"
+                f"MFU is relative to {machine.peak_flops / 1e12:,.3g} TFLOP/s ({machine.peak_source})."
+            )
         begins = f"Going on from step {state.step:,}" if state.step else "A new run"
         self.say(f"{begins} in {self._run.path}.")
         self.event(
