@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         publisher = publisher_of(settings)
         tokenizer, train_set, eval_set = prepare_data(settings, given_flags(argv))
         run = partial(train, tokenizer=tokenizer, train_set=train_set, eval_set=eval_set)
-        run = partial(run, collate=collate_blocks, objective=language_modeling_loss)
+        border = tokenizer.eos_token_id if settings.mask_documents else None
+        collate = partial(collate_blocks, end_id=border)
+        run = partial(run, collate=collate, objective=language_modeling_loss)
         plan_or_run(settings, partial(build_model, settings, tokenizer), run, script=__file__)
         publisher.finish()
 

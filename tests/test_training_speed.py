@@ -55,6 +55,13 @@ def test_a_speed_run_stopped_after_every_other_step_matches_an_unbroken_one(unbr
         assert ends[0].read_bytes() == ends[1].read_bytes(), folder
 
 
+def test_documents_that_are_to_be_kept_apart_are_in_the_first_batch_already(unbroken, shards, tmp_path):
+    """The flag was once read by nobody, and a run with it was the run without."""
+    train_here(shards=shards, run_dir=tmp_path / "run", dropout=0.2, max_steps=2, mask_documents=False)
+    together, apart = (metrics_of(run)[0]["loss"] for run in (tmp_path / "run", unbroken))
+    assert abs(together - apart) > 1e-4
+
+
 def test_the_average_is_validated_and_exported_beside_the_weights(unbroken):
     validations = [line for line in metrics_of(unbroken) if "validation_loss" in line]
     assert [line["step"] for line in validations] == [3, 6]
