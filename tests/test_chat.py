@@ -96,7 +96,7 @@ def test_in_a_real_terminal_ctrl_c_stops_the_text_and_ctrl_d_ends(tmp_path):
     command = [sys.executable, str(ROOT / "chat.py"), "--model", str(folder), "--max_new_tokens", "4000"]
     process = subprocess.Popen(
         command, stdin=slave, stdout=slave, stderr=subprocess.DEVNULL, env=environment(), cwd=tmp_path,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     os.close(slave)
     try:

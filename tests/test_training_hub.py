@@ -289,6 +289,8 @@ def test_ctrl_c_while_the_hub_hangs_ends_at_once_with_the_run_complete(shards, t
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # What runs the tests in the background may have had Ctrl-C ignored, and that is inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         assert hub.hanging.wait(120)
         process.send_signal(signal.SIGINT)
