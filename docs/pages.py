@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # Files of the repository that are pages of the site, and their names there.
 PAGES_ELSEWHERE = {
     "benchmarks/RESULTS.md": "results.md",
-    "benchmarks/preparation.md": "results_preparation.md",
     "data/corpora/dungeons/README.md": "rooms.md",
     "CHANGELOG.md": "changes.md",
     "SECURITY.md": "security.md",
