@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,6 @@ class BackgroundWriter:
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self._warn = warn
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._buffers: dict[str, Tensor] = {}
         self._failures_in_a_row = 0
@@ -113,16 +112,12 @@ class BackgroundWriter:
         self._is_hopeless = False
 
     def snapshot(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies in host memory.
-
-        Call only after `settle`: the buffers of the last snapshot are used again.
-        """
+        """Copies in host memory. Call only after `settle`: the last snapshot's buffers are used again."""
         copies = {}
         for name, tensor in tensors.items():
             buffer = self._buffers.get(name)
             if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                # Pinned memory takes copies from a GPU at the full speed of the bus, all of them in flight at
-                # once.
+                # Pinned memory takes a GPU's copies at the full speed of the bus, all in flight at once.
                 buffer = torch.empty(
                     tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"
                 )
@@ -136,7 +131,11 @@ class BackgroundWriter:
     def start(self, work: Callable[[], None]) -> None:
         """Run `work` on the other thread."""
         assert self._pending is None, "at most one checkpoint is in flight"
-        self._pending = self._thread.submit(work)
+        thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending = thread.submit(work)
+        # It ends with its work: one that stayed would keep OpenMP threads, and with more of those than cores
+        # all of them sleep between products. Steps took half as long again.
+        thread.shutdown(wait=False)
 
     def settle(self, *, wait: bool = True) -> None:
         """Take note of how the last write ended; without `wait`, only if it has."""
@@ -180,7 +179,7 @@ class BackgroundWriter:
 
     def close(self) -> None:
         """Wait for what is being written, whatever comes of it."""
-        self._thread.shutdown()
+        wait([self._pending] if self._pending else [])
 
 
 def save_checkpoint(
