@@ -7,16 +7,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from app import EXAMPLES
 from tests.app_toys import DESKTOP, PHONE, ROOT, chromium, fill, served, set_number, visit, written
 
-ASKED = {
-    "setting": "sewer",
-    "place": "bridge",
-    "mood": "uneasy",
-    "features": "iron grating, a drowned bell",
-    "exits": "north, a rusted ladder",
-    "inhabitants": "rats",
-}
+ASKED = {name: text for name, text in EXAMPLES.items() if name != "title"}
 SEED = 11
 COLOURS = 96  # of the picture's palette: text and plain surfaces lose nothing that one sees
 
