@@ -163,13 +163,15 @@ class HubPushes:
         self._watcher.start()
 
     def checkpoint(self, folder: Path | str) -> bool:
-        """Begin to push a checkpoint, unless one is on its way; whether it was begun."""
+        """Begin to push a checkpoint, unless one is on its way or this one has gone; whether it was begun."""
         if self._running is not None and self._running.is_running:
             return False
         self._let_go()
         try:
             self._held = held = hold(Path(folder))
         except OSError as error:
+            if not Path(folder).exists():
+                return False  # a newer one has taken its place
             self._warn(f"Not pushed to the Hub: {error}")
             return True
         self._running = self._push(held)
@@ -218,14 +220,19 @@ def hold(checkpoint: Path) -> Path:
     knows no hard links.
 
     Raises:
-        OSError: if the checkpoint has gone already, or copies find no room.
+        OSError: if the checkpoint goes while it is looked at, or copies find no room; nothing stays then.
     """
     held = checkpoint.parent.parent / HELD_FOLDER / checkpoint.name
     shutil.rmtree(held.parent, ignore_errors=True)  # of a run that was killed
     held.mkdir(parents=True)
-    for path in outgoing_files(checkpoint)[0]:
-        try:
-            os.link(path, held / path.name)
-        except OSError:
-            shutil.copy2(path, held / path.name)
+    try:
+        for path in outgoing_files(checkpoint)[0]:
+            try:
+                os.link(path, held / path.name)
+            except OSError:
+                shutil.copy2(path, held / path.name)
+        checkpoint.stat()  # one that went while it was listed has left a part of its files, or none
+    except OSError:
+        shutil.rmtree(held.parent, ignore_errors=True)
+        raise
     return held

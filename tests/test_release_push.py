@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 
 from data.tokenizer import train_tokenizer
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
-from release.background import HubPushes, push_in_background
+from release.background import HELD_FOLDER, HubPushes, hold, push_in_background
 from release.folder import ReleaseError
 from release.push import push as push_here
 from tests.hub_server import HubServer
@@ -363,3 +365,34 @@ def test_a_run_without_a_network_ends_as_if_it_had_one(run):
     pushes.checkpoint(run / "export")
     assert pushes.finish(run / "export", timeout_seconds=60) is None
     assert told and all(text.startswith("Not pushed to the Hub: ") for text in told)
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_held_is_held_whole_or_not_at_all(tmp_path):
+    names = ["config.json", "model.safetensors", "tokenizer.json"]
+    for step in range(400):
+        folder = tmp_path / "checkpoints" / f"step-{step:07}"
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).write_text(name)
+
+        def delete(folder=folder, steps_of_waiting=step % 200):
+            for _ in range(steps_of_waiting):
+                os.stat(tmp_path)
+            leaving = folder.with_name(f".deleting-{folder.name}")
+            folder.rename(leaving)
+            shutil.rmtree(leaving)
+
+        deleting = threading.Thread(target=delete)
+        deleting.start()
+        held = None
+        with suppress(FileNotFoundError):
+            held = hold(folder)
+        deleting.join()
+        assert sorted(path.name for path in (tmp_path / HELD_FOLDER).glob("*/*")) == (names if held else [])
+
+
+def test_a_checkpoint_that_has_gone_is_left_for_a_newer_one_in_silence(tmp_path):
+    told = []
+    pushes = HubPushes("user/crypt", warn=told.append)
+    assert not pushes.checkpoint(tmp_path / "checkpoints" / "step-0000002")
+    assert told == [] and not (tmp_path / HELD_FOLDER).exists()
