@@ -29,8 +29,9 @@ from training.objective import count_targets, count_tokens, language_modeling_lo
 from training.optimizer import build_optimizer
 from training.recipe import TrainSettings
 
-OURS, NANOGPT, BUILD_NANOGPT, STOCK, LIGER = (
+OURS, RECOMPUTING, NANOGPT, BUILD_NANOGPT, STOCK, LIGER = (
     "ours",
+    "ours, --activation_checkpointing",
     "nanoGPT",
     "build-nanogpt",
     "stock GPT-2 + AdamW",
@@ -200,6 +201,8 @@ def our_training(shape: Shape, precision: str, compiled: bool, threads: int, **m
         accelerator, _ = start_accelerator(settings)
     torch.manual_seed(settings.seed)
     model = our_model(shape).train()
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model, optimizer = accelerator.prepare(model, build_optimizer(model, settings))
     guard = StepGuard(accelerator.device)
 

@@ -1,4 +1,4 @@
-"""GPT-2, bottom up: loss, attention, MLP, block, model, heads. This file travels with every checkpoint.
+"""GPT-2, bottom up: attention, MLP, block, model, heads. This file travels with every checkpoint.
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3. Next to
 GPT-1: LayerNorm moved before each sub-block, one more after the last block, residual projections scaled at
@@ -10,7 +10,6 @@ N = B * T, S tokens attended to (the cache's and the new ones).
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -35,129 +34,24 @@ from transformers.utils.output_capturing import capture_outputs
 
 try:  # as a package, and as a checkpoint's remote code
     from .configuration_gpt_scratch import GPTScratchConfig
+    from .kernels_gpt_scratch import (
+        ATTENTION_BLOCKS_LONGEST,
+        AttentionInBlocks,
+        Dropout,
+        Linear,
+        linear_cross_entropy,
+    )
 except ImportError:  # with this folder on sys.path
     from configuration_gpt_scratch import GPTScratchConfig  # type: ignore[no-redef]
+    from kernels_gpt_scratch import (  # type: ignore[no-redef]
+        ATTENTION_BLOCKS_LONGEST,
+        AttentionInBlocks,
+        Dropout,
+        Linear,
+        linear_cross_entropy,
+    )
 
 logger = logging.get_logger(__name__)
-
-# ----------------------------------------------------------------------------------------------------------
-# Loss. Logits are the largest tensor of a small language model by far (64 x 1,024 x 50,304 in float32 is
-# 13 GB), and training needs only their gradient. So they are built a few rows at a time.
-
-# More rows per matrix product are faster, fewer take less memory: at most this many chunks …
-LOSS_CHUNKS = 8
-# … of at least this many rows, below which matrix products lose their speed.
-LOSS_CHUNK_ROWS = 256
-
-
-def _loss_chunks(hidden_states, targets, ignore_index):
-    """Cut N rows into few runs of n: states (n, C), targets (n, 1) with 0 for ignored, who counts (n, 1)."""
-    counts = (targets != ignore_index).unsqueeze(1)
-    targets = targets.unsqueeze(1).masked_fill(~counts, 0)
-    n_chunks = max(1, min(LOSS_CHUNKS, hidden_states.shape[0] // LOSS_CHUNK_ROWS))
-    return zip(*(tensor.chunk(n_chunks) for tensor in (hidden_states, targets, counts)), strict=True)
-
-
-def _chunk_losses(hidden_states, weight, targets, counts):
-    """Cross-entropy of one chunk, in float32 and in a single (n, V) buffer.
-
-    Returns the losses (n, 1), zero where ignored; softmax's numerators (n, V) and what makes them
-    probabilities, or zero where ignored (n, 1).
-    """
-    logits = (hidden_states @ weight.T).float()
-    logits.sub_(logits.amax(dim=1, keepdim=True))
-    target_logits = logits.gather(1, targets)
-    numerators = logits.exp_()
-    sums = numerators.sum(dim=1, keepdim=True)
-    return (sums.log() - target_logits) * counts, numerators, counts / sums
-
-
-class _SummedLinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of `hidden_states @ weight.T`; gradients are taken while a chunk is at hand.
-
-    Nothing is recomputed in backward: both gradients of the sum are known after the forward pass, and
-    backward only multiplies them by what comes in.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden_states, weight, targets, ignore_index, dtype, weight_needs_grad):
-        loss = hidden_states.new_zeros((), dtype=torch.float32)
-        # Sums over chunks are kept in float32 whatever the products are in.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_needs_grad else None
-        grad_hidden = []
-        w = weight.to(dtype)
-        for x, y, counts in _loss_chunks(hidden_states, targets, ignore_index):
-            x = x.to(dtype)
-            losses, softmax, factors = _chunk_losses(x, w, y, counts)
-            loss = loss + losses.sum()
-            # d loss / d logits = softmax - one_hot, made in the buffer that the logits were in.
-            softmax.mul_(factors).scatter_add_(1, y, -counts.float())
-            grad_logits = softmax.to(dtype)
-            del softmax
-            grad_hidden.append((grad_logits @ w).to(hidden_states.dtype))
-            if grad_weight is not None:
-                if dtype == torch.float32:
-                    grad_weight.addmm_(grad_logits.T, x)
-                else:  # in slices: adding mixed types first copies the lower one, whole, to float32
-                    for rows, columns in zip(
-                        grad_weight.chunk(LOSS_CHUNKS), grad_logits.chunk(LOSS_CHUNKS, dim=1), strict=True
-                    ):
-                        rows += columns.T @ x
-            del grad_logits  # or it would live through the next chunk's logits
-        ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
-        ctx.weight_dtype = weight.dtype
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
-        # Scaled in float32: with float16 and a loss scaler, the factor alone may leave float16's range.
-        grad_hidden = (grad_hidden.float() * grad_loss).to(grad_hidden.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
-
-
-def linear_cross_entropy(hidden_states, weight, targets, num_items_in_batch=None, ignore_index=-100):
-    """Cross-entropy of `softmax(hidden_states @ weight.T)` without ever holding the whole logits.
-
-    Matrix products run in the autocast type where autocast is on, else in the type of `hidden_states`;
-    log-softmax, the sum over targets and the weight's gradient are float32.
-
-    Args:
-        hidden_states: (N, C).
-        weight: (V, C), the output embedding.
-        targets: (N,) int64, already shifted; `ignore_index` does not count.
-        num_items_in_batch: the sum is divided by this number (int or 0-d tensor): the targets of the whole
-            global step. None divides by the targets at hand: a mean, NaN if there are none.
-
-    Returns:
-        A 0-d float32 tensor, in nats per target.
-    """
-    device_type, dtype = hidden_states.device.type, hidden_states.dtype
-    without_autocast: AbstractContextManager = nullcontext()
-    if torch.amp.is_autocast_available(device_type):  # not on the meta device
-        without_autocast = torch.autocast(device_type, enabled=False)
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-    # The products are in `dtype` by our own hand; autocast would only cast, and cache, the weight once more.
-    with without_autocast:
-        if torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad):
-            loss = _SummedLinearCrossEntropy.apply(
-                hidden_states, weight, targets, ignore_index, dtype, weight.requires_grad
-            )
-        else:
-            loss = hidden_states.new_zeros((), dtype=torch.float32)
-            w = weight.to(dtype)
-            for x, y, counts in _loss_chunks(hidden_states, targets, ignore_index):
-                loss = loss + _chunk_losses(x.to(dtype), w, y, counts)[0].sum()
-        if num_items_in_batch is None:
-            num_items_in_batch = (targets != ignore_index).sum()
-        elif torch.is_tensor(num_items_in_batch):
-            num_items_in_batch = num_items_in_batch.to(loss.device)
-        return loss / num_items_in_batch
-
 
 # ----------------------------------------------------------------------------------------------------------
 # Attention, MLP, block.
@@ -177,52 +71,6 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-# On a CPU torch's fused attention multiplies bfloat16 several times slower than its matrix products do, so
-# there training takes causal attention as products of this many queries with the keys that they see …
-ATTENTION_BLOCK = 128
-# … in rows up to this length: the weights stay for the backward, and their memory grows with the square.
-ATTENTION_BLOCKS_LONGEST = 512
-
-
-class _CausalAttentionInBlocks(torch.autograd.Function):
-    """`query`, `key`, `value` (B, H, T, D), each position seeing itself and those before, to (B, T, H, D)."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, scaling):
-        B, H, T, D = query.shape
-        q, k, v = ((x.reshape(B * H, T, D)) for x in (query * scaling, key, value))
-        future = q.new_full((ATTENTION_BLOCK, ATTENTION_BLOCK), -math.inf).triu(1)
-        attended, kept = q.new_empty(B, T, H, D), []
-        for start in range(0, T, ATTENTION_BLOCK):
-            end = min(start + ATTENTION_BLOCK, T)
-            scores = q[:, start:end] @ k[:, :end].mT
-            scores[:, :, start:] += future[: end - start, : end - start]
-            weights = scores.softmax(-1)
-            attended[:, start:end] = (weights @ v[:, :end]).view(B, H, -1, D).transpose(1, 2)
-            kept.append(weights)
-        ctx.save_for_backward(q, k, v, *kept)
-        ctx.scaling = scaling
-        return attended
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_attended):
-        q, k, v, *kept = ctx.saved_tensors
-        B, T, H, D = grad_attended.shape
-        grad = grad_attended.transpose(1, 2).reshape(B * H, T, D)
-        grad_q = torch.empty_like(q)
-        grad_k, grad_v = (torch.zeros_like(k, dtype=torch.float32) for _ in range(2))  # sums over blocks
-        for start, weights in zip(range(0, T, ATTENTION_BLOCK), kept, strict=True):
-            end = min(start + ATTENTION_BLOCK, T)
-            grad_v[:, :end] += weights.mT @ grad[:, start:end]
-            grad_weights = grad[:, start:end] @ v[:, :end].mT
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_q[:, start:end] = grad_scores @ k[:, :end]
-            grad_k[:, :end] += grad_scores.mT @ q[:, start:end]
-        grads = (grad_q * ctx.scaling, grad_k.to(k.dtype), grad_v.to(v.dtype))
-        return *(x.view(B, H, T, D) for x in grads), None
-
-
 class GPTScratchAttention(nn.Module):
     """Causal multi-head self-attention. The product itself is one of transformers' attention functions."""
 
@@ -235,12 +83,12 @@ class GPTScratchAttention(nn.Module):
         self.is_causal = True
         self.num_key_value_groups = 1  # every query head has its own keys; paged attention asks
         # Three projections rather than GPT-2's fused one: tensor parallelism, LoRA and quantisers know them.
-        self.q_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.k_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.v_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.o_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.q_proj = Linear(config.n_embd, config.n_embd)
+        self.k_proj = Linear(config.n_embd, config.n_embd)
+        self.v_proj = Linear(config.n_embd, config.n_embd)
+        self.o_proj = Linear(config.n_embd, config.n_embd)
         self.o_proj._is_residual_proj = True  # type: ignore[assignment]
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.resid_dropout = Dropout(config.resid_pdrop)
 
     def forward(
         self,
@@ -258,7 +106,8 @@ class GPTScratchAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
 
         if past_key_values is None and self._blocks_are_faster(query, attention_mask):
-            attended = _CausalAttentionInBlocks.apply(query, key, value, self.scaling)
+            dropout = self.config.attn_pdrop
+            attended = AttentionInBlocks.apply(query, key, value, self.scaling, attention_mask, dropout)
             return self.resid_dropout(self.o_proj(attended.flatten(2))), None
 
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -278,15 +127,13 @@ class GPTScratchAttention(nn.Module):
         return self.resid_dropout(self.o_proj(attended)), weights
 
     def _blocks_are_faster(self, query, attention_mask) -> bool:
-        """Whether this is plain causal training in bfloat16 on a CPU, in rows that are not too long."""
+        """Whether this is training in bfloat16 on a CPU, in rows that are not too long."""
         return (
             query.device.type == "cpu"
             and query.dtype == torch.bfloat16
             and query.shape[2] <= ATTENTION_BLOCKS_LONGEST
             and self.training
-            and attention_mask is None
-            and self.is_causal
-            and self.config.attn_pdrop == 0.0
+            and (self.is_causal if attention_mask is None else attention_mask.dtype == torch.bool)
             and self.config._attn_implementation == "sdpa"
         )
 
@@ -295,13 +142,13 @@ class GPTScratchMLP(nn.Module):
     def __init__(self, config: GPTScratchConfig):
         super().__init__()
         n_inner = 4 * config.n_embd if config.n_inner is None else config.n_inner
-        self.c_fc = nn.Linear(config.n_embd, n_inner)
+        self.c_fc = Linear(config.n_embd, n_inner)
         self.act = nn.GELU(
             approximate="tanh"
         )  # GPT-2's approximation (Hendrycks & Gimpel 2016), kept for parity
-        self.c_proj = nn.Linear(n_inner, config.n_embd)
+        self.c_proj = Linear(n_inner, config.n_embd)
         self.c_proj._is_residual_proj = True  # type: ignore[assignment]
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.resid_dropout = Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.resid_dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
@@ -375,7 +222,7 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.drop = nn.Dropout(config.embd_pdrop)
+        self.drop = Dropout(config.embd_pdrop)
         self.h = nn.ModuleList([GPTScratchBlock(config, layer_idx) for layer_idx in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
@@ -526,7 +373,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
     def __init__(self, config: GPTScratchConfig):
         super().__init__(config)
         self.transformer = GPTScratchModel(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -621,7 +468,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
         """
         head = self.lm_head
         return (
-            type(head) is nn.Linear
+            type(head) in (Linear, nn.Linear)
             and "forward" not in vars(head)
             and not head._forward_pre_hooks
             and not head._forward_hooks

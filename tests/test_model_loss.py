@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, linear_cross_entropy
-from modeling_gpt_scratch.modeling_gpt_scratch import LOSS_CHUNK_ROWS
+from modeling_gpt_scratch.kernels_gpt_scratch import LOSS_CHUNK_ROWS
 
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")),

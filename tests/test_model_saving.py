@@ -55,7 +55,7 @@ def run_elsewhere(code, cwd, *arguments):
         import importlib.abc, sys
         class Refuse(importlib.abc.MetaPathFinder):
             def find_spec(self, name, path=None, target=None):
-                if name.split(".")[0] in ("modeling_gpt_scratch", "configuration_gpt_scratch"):
+                if name.split(".")[0] in ("modeling_gpt_scratch", "configuration_gpt_scratch", "kernels_gpt_scratch"):
                     raise ModuleNotFoundError(name)
         sys.meta_path.insert(0, Refuse())
     """
@@ -69,7 +69,7 @@ def run_elsewhere(code, cwd, *arguments):
     )
 
 
-def test_the_folder_holds_config_weights_tokenizer_and_the_two_code_files(folder):
+def test_the_folder_holds_config_weights_tokenizer_and_the_code_files(folder):
     names = {path.name for path in folder.iterdir()}
     assert {
         "config.json",
@@ -79,6 +79,7 @@ def test_the_folder_holds_config_weights_tokenizer_and_the_two_code_files(folder
         "tokenizer_config.json",
         "configuration_gpt_scratch.py",
         "modeling_gpt_scratch.py",
+        "kernels_gpt_scratch.py",
     } <= names
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
     assert "__init__.py" not in names
