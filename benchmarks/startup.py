@@ -65,7 +65,9 @@ def watched(flags: list[str], run_dir: Path, environment: dict[str, str], save: 
 
 def import_seconds(environment: dict[str, str]) -> float:
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import train_accelerate"], cwd=ROOT, env=environment, check=True)
+    # Without the interpreter's tidying up at its end, which a run does after its last step.
+    code = "import os, train_accelerate; os._exit(0)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
     return time.perf_counter() - began
 
 

@@ -24,7 +24,7 @@ from .modeling_gpt_scratch import (
 __version__ = "0.1.0"  # the one place; pyproject.toml, CITATION.cff's test and CHANGELOG.md's go by it
 
 # `register` makes Auto classes find our code without trust_remote_code; `register_for_auto_class` makes
-# save_pretrained copy the two code files beside the weights. Here and not in the files that travel: a
+# save_pretrained copy the code files beside the weights. Here and not in the files that travel: a
 # checkpoint's copy that registered itself would silently serve the next checkpoint too.
 AutoConfig.register("gpt_scratch", GPTScratchConfig, exist_ok=True)
 GPTScratchConfig.register_for_auto_class()

@@ -163,7 +163,7 @@ def _load(record: Record, name: str) -> str:
         f'print(generate({shown!r}, max_new_tokens=50)[0]["generated_text"])'
     )
     note = (
-        "\n\nThe architecture's code is in this repository, two files of plain PyTorch: `trust_remote_code` "
+        "\n\nThe architecture's code is in this repository: three files of PyTorch; `trust_remote_code` "
         "runs them. Read them first, or pin `revision=`."
         if trust
         else ""

@@ -33,6 +33,8 @@ FOR_RESUMING = (
 # of the new one.
 ANY_WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
+RELATIVE_IMPORT = re.compile(r"^\s*from \.(\w+) import", re.MULTILINE)
+
 # Files of a run that go along, from its directory.
 SETTINGS_FILE = "settings.yaml"
 RUN_FILES = (SETTINGS_FILE, "metrics.jsonl", "report.html", PICTURE_FILE)
@@ -125,12 +127,15 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _missing_code(folder: Path, config: dict[str, Any]) -> list[str]:
-    """Code files that `auto_map` names ("modeling_x.Class") and that are not in the folder."""
-    named = set()
+    """Code files that `auto_map` names ("modeling_x.Class") or one of those imports, and that are missing."""
+    named: set[str] = set()
     for value in (config.get("auto_map") or {}).values():
         for reference in value if isinstance(value, list) else [value]:
             if reference and "--" not in reference:  # those are of another repository
                 named.add(reference.split(".")[0] + ".py")
+    for name in [name for name in named if (folder / name).is_file()]:
+        code = (folder / name).read_text(encoding="utf-8", errors="replace")
+        named |= {f"{module}.py" for module in RELATIVE_IMPORT.findall(code)}
     return sorted(name for name in named if not (folder / name).is_file())
 
 

@@ -204,13 +204,15 @@ def refusal(folder, capture, name="user/crypt", **settings):
 
 def test_an_export_that_is_not_whole_is_refused_with_all_that_is_wrong(run):
     export = run / "export"
-    (export / "modeling_gpt_scratch.py").unlink()
+    (export / "configuration_gpt_scratch.py").unlink()
+    (export / "kernels_gpt_scratch.py").unlink()  # which only the model's file names
     (export / "tokenizer.json").unlink()
     (export / "generation_config.json").write_text("{")
     weights = (export / "model.safetensors").read_bytes()
     (export / "model.safetensors").write_bytes(weights[:-10])
     message = refusal(export, [], token=TOKEN)
-    assert "modeling_gpt_scratch.py is missing" in message
+    assert "configuration_gpt_scratch.py is missing" in message
+    assert "kernels_gpt_scratch.py is missing" in message
     assert "tokenizer.json is missing" in message
     assert "generation_config.json cannot be read" in message
     assert f"model.safetensors has {len(weights) - 10:,} bytes, its header says {len(weights):,}" in message
