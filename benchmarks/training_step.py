@@ -90,7 +90,10 @@ def serve(arguments: argparse.Namespace) -> None:
 
 def compare(shape: Shape, precision: str, names: list[str], arguments: argparse.Namespace) -> list[dict]:
     """Figures of all contenders at one shape and precision, eager and compiled, in turns."""
-    variants = [(name, compiled) for compiled in arguments.compile for name in names]
+    # Compilers choose by themselves what to recompute: that one is for eager steps.
+    variants = [
+        (n, mode) for mode in arguments.compile for n in names if (n, mode) != (RECOMPUTING, "compiled")
+    ]
     with contextlib.ExitStack() as stack:
         workers = {}
         for name, compiled in variants:
