@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -120,12 +121,16 @@ def token_losses(
         hidden = _last_hidden_states(model, causal_model.base_model, inputs)
         hidden = hidden[:, :-1].flatten(0, 1)  # (B * (T - 1), C)
         weight = head.weight.full_tensor() if isinstance(head.weight, DTensor) else head.weight
+        is_sharded = isinstance(head.weight, DTensor)
+        logits_of = (
+            partial(F.linear, weight=weight) if is_sharded else getattr(causal_model, "logits_of", head)
+        )
         losses = []
         for rows, wanted in zip(
             hidden.split(POSITIONS_PER_CHUNK), targets.split(POSITIONS_PER_CHUNK), strict=True
         ):
             with accelerator.autocast():
-                logits = F.linear(rows.to(weight.dtype), weight)
+                logits = logits_of(rows.to(weight.dtype))
             losses.append(F.cross_entropy(logits.float(), wanted, reduction="none"))
         return torch.cat(losses).view(len(labels), -1)
 

@@ -1,6 +1,6 @@
-"""How products are taken fast or in little memory: linear layers, the loss, attention on CPUs.
+"""Faster or leaner forms of what a line of torch says: linear layers, dropout, the loss, attention on CPUs.
 
-Each has a plain form in a line or two of torch, which it equals but for rounding; tests hold it to that.
+They differ from that line by rounding, and dropout by what it draws; tests hold them to it.
 This file travels with every checkpoint, beside `modeling_gpt_scratch.py`.
 
 Shapes: B batch, T tokens, C model width, H heads, D width of a head, V vocabulary or outputs, N = B * T.
@@ -8,12 +8,12 @@ Shapes: B batch, T tokens, C model width, H heads, D width of a head, V vocabula
 
 import math
 import platform
+import zlib
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.utils.import_utils import is_tracing
 
 # ----------------------------------------------------------------------------------------------------------
 # Products.
@@ -41,34 +41,48 @@ def _onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-if not hasattr(torch.ops.gpt_scratch, "onednn_linear"):  # this file is imported once for each checkpoint, too
-    # A name of its own for torch.compile, which takes the other one only with constant weights.
-    _for_compilers = torch.library.custom_op("gpt_scratch::onednn_linear", _onednn_linear, mutates_args=())
-    _for_compilers.register_fake(lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
+# An operator of our own for torch.compile, which takes torch's only with constant weights. Checkpoints bring
+# copies of this file, so its name is the copy's: one must not serve another.
+_onednn_linear_compiled = torch.library.custom_op(
+    f"gpt_scratch::onednn_linear_{zlib.crc32(__name__.encode()):08x}", _onednn_linear, mutates_args=()
+)
+_onednn_linear_compiled.register_fake(lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
+
+
+def _onednn_takes(x, weight):
+    return (
+        ONEDNN_IS_FASTER
+        and torch.backends.mkldnn.enabled
+        and not torch.is_grad_enabled()  # it has no gradient
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.dim() > 1
+        and type(x) is torch.Tensor
+        and type(weight) in (nn.Parameter, torch.Tensor)  # not quantised, not sharded
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
+    )
 
 
 def linear(x, weight, bias=None):
     """`F.linear`, (..., C) and (V, C) to (..., V); by oneDNN where it is faster and no gradient is wanted."""
-    if (
-        ONEDNN_IS_FASTER
-        and not torch.is_grad_enabled()
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.dim() > 1
-        and type(weight) in (nn.Parameter, torch.Tensor)  # not quantised, not sharded
-        and not torch.is_autocast_enabled("cpu")
-        and not (torch.jit.is_tracing() or torch.compiler.is_exporting())
-    ):
-        is_compiling = torch.compiler.is_compiling()
-        return (torch.ops.gpt_scratch.onednn_linear if is_compiling else _onednn_linear)(x, weight, bias)
-    return F.linear(x, weight, bias)
+    if not _onednn_takes(x, weight):
+        return F.linear(x, weight, bias)
+    multiply = _onednn_linear_compiled if torch.compiler.is_compiling() else _onednn_linear
+    return multiply(x, weight, bias)
 
 
-class Linear(nn.Linear):
-    """torch's, with the products above once it is trained."""
+def project(layer, x):
+    """`layer(x)`; in eval mode an ordinary layer's product is `linear`'s.
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input) if self.training else linear(input, self.weight, self.bias)
+    Not a class of our own: bitsandbytes and others replace layers whose type is exactly `nn.Linear`. What
+    somebody has put in a layer's place, or hooked onto it, is called.
+    """
+    is_ordinary = type(layer) is nn.Linear and not layer.training and "forward" not in vars(layer)
+    is_hooked = layer._forward_hooks or layer._forward_pre_hooks
+    if is_ordinary and not is_hooked and _onednn_takes(x, layer.weight):
+        return linear(x, layer.weight, layer.bias)
+    return layer(x)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -76,18 +90,20 @@ class Linear(nn.Linear):
 
 
 def dropout_mask(x, rate):
-    """Of `x`'s shape, bool, on the CPU: false with probability `rate`, to 2⁻¹⁶. Draws one number for four."""
-    if torch.compiler.is_compiling():  # draws in kernels of its own, and knows no `random_` of all 64 bits
-        return torch.rand_like(x, dtype=torch.float32) >= rate
+    """Of `x`'s shape on the CPU, bool: false with probability `rate`, to 2⁻¹⁶. A 64-bit number makes four."""
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     return (draws.view(torch.int16)[: x.numel()] >= round(rate * 2**16) - 2**15).view(x.shape)
 
 
 class Dropout(nn.Dropout):
-    """torch's, with the mask above on CPUs, where drawing numbers is what dropout takes time for."""
+    """torch's, with the mask above on CPUs, where drawing numbers is what dropout takes time for.
+
+    Compilers draw in kernels of their own.
+    """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.training and 0 < self.p < 1 and input.device.type == "cpu":
+        is_plain = type(input) is torch.Tensor and input.device.type == "cpu" and not self.inplace
+        if self.training and 0 < self.p < 1 and is_plain and not torch.compiler.is_compiling():
             return input * dropout_mask(input, self.p) / (1 - self.p)
         return super().forward(input)
 
@@ -224,7 +240,8 @@ ATTENTION_BLOCKS_LONGEST = 512
 class AttentionInBlocks(torch.autograd.Function):
     """`query`, `key`, `value` (B, H, T, D) to (B, T, H, D).
 
-    Each position sees itself and those before or, with `visible` (B, 1, T, T) bool, where that is true.
+    Each position sees itself and those before or, with `visible` (B or 1, H or 1, T, T) bool, where that is
+    true; one that sees nothing gets zeros.
     """
 
     @staticmethod
@@ -241,6 +258,8 @@ class AttentionInBlocks(torch.autograd.Function):
                 unseen = ~visible[:, :, start:end, first:last]
                 scores.view(B, H, *scores.shape[1:]).masked_fill_(unseen, torch.finfo(scores.dtype).min)
             weights = scores.softmax(-1)
+            if visible is not None and (blind := unseen.all(-1, keepdim=True)).any():
+                weights.view(B, H, *weights.shape[1:]).masked_fill_(blind, 0)
             stays = dropout_mask(weights, dropout) if dropout else None
             dropped = weights if stays is None else weights * stays / (1 - dropout)
             attended[:, start:end] = (dropped @ v[:, first:last]).view(B, H, -1, D).transpose(1, 2)
@@ -274,8 +293,6 @@ def _spans(T, visible):
     blocks = [(start, min(start + ATTENTION_BLOCK, T)) for start in range(0, T, ATTENTION_BLOCK)]
     if visible is None:
         return [(start, end, 0, end) for start, end in blocks]
-    if is_tracing(visible):  # nobody can look
-        return [(start, end, 0, T) for start, end in blocks]
     spans = []
     for start, end in blocks:
         keys = visible[:, :, start:end].any(0).flatten(0, 1).any(0).nonzero().flatten().tolist() or [0, T - 1]

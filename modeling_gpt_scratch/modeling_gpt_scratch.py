@@ -38,8 +38,8 @@ try:  # as a package, and as a checkpoint's remote code
         ATTENTION_BLOCKS_LONGEST,
         AttentionInBlocks,
         Dropout,
-        Linear,
         linear_cross_entropy,
+        project,
     )
 except ImportError:  # with this folder on sys.path
     from configuration_gpt_scratch import GPTScratchConfig  # type: ignore[no-redef]
@@ -47,8 +47,8 @@ except ImportError:  # with this folder on sys.path
         ATTENTION_BLOCKS_LONGEST,
         AttentionInBlocks,
         Dropout,
-        Linear,
         linear_cross_entropy,
+        project,
     )
 
 logger = logging.get_logger(__name__)
@@ -83,10 +83,10 @@ class GPTScratchAttention(nn.Module):
         self.is_causal = True
         self.num_key_value_groups = 1  # every query head has its own keys; paged attention asks
         # Three projections rather than GPT-2's fused one: tensor parallelism, LoRA and quantisers know them.
-        self.q_proj = Linear(config.n_embd, config.n_embd)
-        self.k_proj = Linear(config.n_embd, config.n_embd)
-        self.v_proj = Linear(config.n_embd, config.n_embd)
-        self.o_proj = Linear(config.n_embd, config.n_embd)
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.k_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.v_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.o_proj = nn.Linear(config.n_embd, config.n_embd)
         self.o_proj._is_residual_proj = True  # type: ignore[assignment]
         self.resid_dropout = Dropout(config.resid_pdrop)
 
@@ -99,6 +99,7 @@ class GPTScratchAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T = hidden_states.shape[:2]
         heads = (B, T, -1, self.head_dim)  # -1: under tensor parallelism a device has a share of the heads
+        # Called by name, not through `project` as the others: else servers do not see that they may be fused.
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # (B, H, T, D)
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
@@ -108,7 +109,7 @@ class GPTScratchAttention(nn.Module):
         if past_key_values is None and self._blocks_are_faster(query, attention_mask):
             dropout = self.config.attn_pdrop
             attended = AttentionInBlocks.apply(query, key, value, self.scaling, attention_mask, dropout)
-            return self.resid_dropout(self.o_proj(attended.flatten(2))), None
+            return self.resid_dropout(project(self.o_proj, attended.flatten(2))), None
 
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -124,34 +125,41 @@ class GPTScratchAttention(nn.Module):
             **kwargs,
         )  # (B, T, H, D)
         attended = attended.reshape(B, T, -1).contiguous()
-        return self.resid_dropout(self.o_proj(attended)), weights
+        return self.resid_dropout(project(self.o_proj, attended)), weights
 
     def _blocks_are_faster(self, query, attention_mask) -> bool:
         """Whether this is training in bfloat16 on a CPU, in rows that are not too long."""
-        return (
-            query.device.type == "cpu"
-            and query.dtype == torch.bfloat16
-            and query.shape[2] <= ATTENTION_BLOCKS_LONGEST
-            and self.training
-            and (self.is_causal if attention_mask is None else attention_mask.dtype == torch.bool)
-            and self.config._attn_implementation == "sdpa"
-        )
+        T = query.shape[2]
+        if (
+            query.device.type != "cpu"
+            or query.dtype != torch.bfloat16
+            or T > ATTENTION_BLOCKS_LONGEST
+            or not self.training
+            or self.config._attn_implementation != "sdpa"
+        ):
+            return False
+        # A compiler may neither look into a mask nor draw numbers in there.
+        is_eager = not torch.compiler.is_compiling()
+        if attention_mask is None:
+            return self.is_causal and (is_eager or self.config.attn_pdrop == 0.0)
+        has_all_pairs = attention_mask.dtype == torch.bool and attention_mask.shape[-2:] == (T, T)
+        return has_all_pairs and is_eager
 
 
 class GPTScratchMLP(nn.Module):
     def __init__(self, config: GPTScratchConfig):
         super().__init__()
         n_inner = 4 * config.n_embd if config.n_inner is None else config.n_inner
-        self.c_fc = Linear(config.n_embd, n_inner)
+        self.c_fc = nn.Linear(config.n_embd, n_inner)
         self.act = nn.GELU(
             approximate="tanh"
         )  # GPT-2's approximation (Hendrycks & Gimpel 2016), kept for parity
-        self.c_proj = Linear(n_inner, config.n_embd)
+        self.c_proj = nn.Linear(n_inner, config.n_embd)
         self.c_proj._is_residual_proj = True  # type: ignore[assignment]
         self.resid_dropout = Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.resid_dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
+        return self.resid_dropout(project(self.c_proj, self.act(project(self.c_fc, hidden_states))))
 
 
 class GPTScratchBlock(GradientCheckpointingLayer):
@@ -373,7 +381,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
     def __init__(self, config: GPTScratchConfig):
         super().__init__(config)
         self.transformer = GPTScratchModel(config)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -441,7 +449,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
                 hidden_states.flatten(0, 1), self.lm_head.weight, targets.flatten(), **loss_kwargs
             )
         else:
-            logits = self.lm_head(hidden_states)
+            logits = self.logits_of(hidden_states)
             if targets is not None:
                 loss = self.loss_function(
                     logits=logits,
@@ -460,6 +468,10 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def logits_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The head alone: last hidden states (..., C) to logits (..., V)."""
+        return project(self.lm_head, hidden_states)
+
     def _head_is_plain(self) -> bool:
         """Whether `lm_head.weight` alone says what the head does.
 
@@ -468,7 +480,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
         """
         head = self.lm_head
         return (
-            type(head) in (Linear, nn.Linear)
+            type(head) is nn.Linear
             and "forward" not in vars(head)
             and not head._forward_pre_hooks
             and not head._forward_hooks

@@ -24,7 +24,7 @@ LINE_LIMITS = {
     "eval_hellaswag.py": 100,
     "eval_dungeons.py": 150,
     # One file on purpose: the model is read bottom up.
-    "modeling_gpt_scratch/modeling_gpt_scratch.py": 530,
+    "modeling_gpt_scratch/modeling_gpt_scratch.py": 550,
 }
 DEFAULT_LINE_LIMIT = 400
 
@@ -51,7 +51,7 @@ def test_imports_go_down_the_stairs(path):
     package = path.split("/")[0]
     for module in imported_modules(path):
         top = module.split(".")[0]
-        if top in PACKAGES and not top.endswith("_gpt_scratch"):
+        if top in PACKAGES:
             assert top in ALLOWED[package], f"{path} imports {module}"
         assert top not in SCRIPTS or top in PACKAGES, f"{path} imports the script {module}"
 

@@ -47,9 +47,27 @@ def prefixes(tokens):
     return ((places[:, None] >= places) | (places < 50)).expand(2, 1, -1, -1)
 
 
-@pytest.mark.parametrize(
-    "mask", [lambda tokens: None, documents, prefixes], ids=["causal", "packed", "prefix"]
-)
+def padded(tokens):
+    """(2, 1, T, T): padding on the left, in a long row more than a block; who is padding sees nothing."""
+    places = torch.arange(tokens)
+    begins = torch.tensor([tokens // 2, tokens // 7])[:, None, None]
+    return ((places[:, None] >= places) & (places >= begins))[:, None]
+
+
+def for_all_rows(tokens):
+    """(1, 1, T, T)."""
+    return documents(tokens)[:1]
+
+
+def for_each_head(tokens):
+    """(2, 3, T, T)."""
+    return torch.cat([documents(tokens), prefixes(tokens), padded(tokens)], dim=1)
+
+
+MASKS = [lambda tokens: None, documents, prefixes, padded, for_all_rows, for_each_head]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: mask.__name__.replace("<lambda>", "causal"))
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_attention_in_blocks_is_attention_with_its_gradients(tokens, mask):
     """In float32, where nothing but the order of sums differs."""
@@ -150,13 +168,15 @@ def test_masked_rows_take_the_blocks_and_the_same_step(case, monkeypatch):
     torch.testing.assert_close(blocks, loss_and_gradient_norm(model, input_ids, **more), rtol=2e-3, atol=0)
 
 
-@pytest.mark.parametrize("case", ["eval", "weights of its own"])
+@pytest.mark.parametrize("case", ["eval", "weights of its own", "a mask for all queries"])
 def test_what_is_not_training_goes_past_the_blocks(case, monkeypatch):
     model, input_ids = model_and_batch()
     monkeypatch.setattr(AttentionInBlocks, "apply", lambda *_: pytest.fail("took the blocks"))
     more = {}
     if case == "eval":
         model.eval()
+    elif "all queries" in case:
+        more["attention_mask"] = (torch.arange(160) < 150)[None, None, None]
     else:  # added to the scores, as some libraries hand masks over
         more["attention_mask"] = torch.full((160, 160), -1e4).triu(1)[None, None]
     loss, _ = loss_and_gradient_norm(model, input_ids, **more)
@@ -165,7 +185,8 @@ def test_what_is_not_training_goes_past_the_blocks(case, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_a_compiled_model_takes_the_blocks_without_a_break_in_its_graph(is_packed):
+def test_a_compiled_model_takes_the_same_step_without_a_break_in_its_graph(is_packed):
+    """Packed rows go past the blocks then: a compiler may not look into a mask."""
     model, input_ids = model_and_batch()
     more = {"position_ids": torch.arange(80).repeat(2).expand(2, -1)} if is_packed else {}
     eager = loss_and_gradient_norm(model, input_ids, **more)

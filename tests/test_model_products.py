@@ -54,16 +54,17 @@ def test_a_model_gives_the_same_logits_and_loss_by_either_library(taken, monkeyp
     model, input_ids = tiny(), torch.arange(40).view(2, 20)
     with torch.no_grad():
         ours = model(input_ids, labels=input_ids)
-        assert len(taken) == 6 * model.config.n_layer + 1
+        assert len(taken) == 3 * model.config.n_layer + 1
         monkeypatch.setattr(kernels, "ONEDNN_IS_FASTER", False)
         theirs = model(input_ids, labels=input_ids)
-    assert len(taken) == 6 * model.config.n_layer + 1
+    assert len(taken) == 3 * model.config.n_layer + 1
     torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
-    "case", ["training", "gradients", "autocast", "bfloat16", "export", "a sharded weight"]
+    "case",
+    ["training", "gradients", "autocast", "bfloat16", "export", "trace", "switched off", "a sharded weight"],
 )
 def test_what_onednn_must_not_take_it_does_not(case, taken):
     model, input_ids = tiny(), torch.arange(40).view(2, 20)
@@ -71,8 +72,18 @@ def test_what_onednn_must_not_take_it_does_not(case, taken):
         model(input_ids).logits.sum().backward()
         assert model.transformer.wte.weight.grad is not None
     elif case == "export":
-        exported = torch.export.export(model, (), {"input_ids": input_ids, "use_cache": False}, strict=False)
+        with torch.no_grad():
+            exported = torch.export.export(
+                model, (), {"input_ids": input_ids, "use_cache": False}, strict=False
+            )
         assert "onednn" not in exported.graph_module.code and "mkldnn" not in exported.graph_module.code
+    elif case == "trace":
+        mlp = model.transformer.h[0].mlp.requires_grad_(False)
+        traced = torch.jit.trace(mlp, torch.randn(1, 2, 64), check_trace=False)
+        assert "mkldnn" not in str(traced.inlined_graph)
+    elif case == "switched off":
+        with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+            model(input_ids)
     elif case == "a sharded weight":
 
         class Sharded(torch.Tensor):
@@ -90,6 +101,31 @@ def test_what_onednn_must_not_take_it_does_not(case, taken):
     assert taken == []
 
 
+class Twice(torch.nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("how", ["a class of its own", "a hook", "a hook before", "a forward of its own"])
+def test_what_stands_in_a_layers_place_is_called(how, taken):
+    """As adapters, quantisers, offloading and tensor parallelism do it."""
+    model, input_ids = tiny(), torch.arange(40).view(2, 20)
+    layer = model.transformer.h[0].mlp.c_fc
+    with torch.no_grad():
+        plain = model(input_ids).logits
+        taken.clear()
+        if how == "a class of its own":
+            layer.__class__ = Twice
+        elif how == "a hook":
+            layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+        elif how == "a hook before":
+            layer.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+        else:
+            layer.forward = lambda x: 2 * F.linear(x, layer.weight, layer.bias)
+        assert not torch.allclose(model(input_ids).logits, plain)
+    assert len(taken) == 3 * model.config.n_layer
+
+
 @needs_onednn
 def test_a_compiled_model_takes_them_in_one_graph(monkeypatch):
     monkeypatch.setattr(kernels, "ONEDNN_IS_FASTER", True)
@@ -102,7 +138,7 @@ def test_a_compiled_model_takes_them_in_one_graph(monkeypatch):
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend=look)(input_ids, use_cache=False).logits
         torch.testing.assert_close(compiled, model(input_ids, use_cache=False).logits)
-    assert len(seen) == 6 * model.config.n_layer + 1
+    assert len(seen) == 3 * model.config.n_layer + 1
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.99])
