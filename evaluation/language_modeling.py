@@ -121,10 +121,10 @@ def token_losses(
         hidden = _last_hidden_states(model, causal_model.base_model, inputs)
         hidden = hidden[:, :-1].flatten(0, 1)  # (B * (T - 1), C)
         weight = head.weight.full_tensor() if isinstance(head.weight, DTensor) else head.weight
-        is_sharded = isinstance(head.weight, DTensor)
-        logits_of = (
-            partial(F.linear, weight=weight) if is_sharded else getattr(causal_model, "logits_of", head)
-        )
+        logits_of = partial(F.linear, weight=weight)
+        # FSDP2 changes the class of a head that it shards; called, such a one gathers weights by itself.
+        if type(head) is nn.Linear and weight is head.weight:
+            logits_of = getattr(causal_model, "logits_of", head)
         losses = []
         for rows, wanted in zip(
             hidden.split(POSITIONS_PER_CHUNK), targets.split(POSITIONS_PER_CHUNK), strict=True

@@ -22,7 +22,7 @@ from training.checkpoint import MARKER, complete_checkpoints, latest_checkpoint
 
 pytestmark = pytest.mark.slow
 
-FILES_OF_A_CHECKPOINT = 12  # with the marker
+FILES_OF_A_CHECKPOINT = 13  # with the marker
 SECOND_CHECKPOINT = range(FILES_OF_A_CHECKPOINT, 2 * FILES_OF_A_CHECKPOINT)
 
 KILL = "`kill -9`"
