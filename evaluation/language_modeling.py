@@ -1,7 +1,7 @@
 """Loss, perplexity and bits per byte of a causal language model."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -121,7 +121,7 @@ def token_losses(
         hidden = _last_hidden_states(model, causal_model.base_model, inputs)
         hidden = hidden[:, :-1].flatten(0, 1)  # (B * (T - 1), C)
         weight = head.weight.full_tensor() if isinstance(head.weight, DTensor) else head.weight
-        logits_of = partial(F.linear, weight=weight)
+        logits_of: Callable[[Tensor], Tensor] = partial(F.linear, weight=weight)
         # FSDP2 changes the class of a head that it shards; called, such a one gathers weights by itself.
         if type(head) is nn.Linear and weight is head.weight:
             logits_of = getattr(causal_model, "logits_of", head)
