@@ -63,20 +63,11 @@ def watched(flags: list[str], run_dir: Path, environment: dict[str, str], save: 
     return seconds
 
 
-def import_seconds(environment: dict[str, str]) -> float:
-    began = time.perf_counter()
-    # Without the interpreter's tidying up at its end, which a run does after its last step.
-    code = "import os, train_accelerate; os._exit(0)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
-    return time.perf_counter() - began
-
-
 def measure(flags: list[str], base: Path, environment: dict[str, str], rounds: int) -> dict[str, list[float]]:
     """Each figure once a round, every round in a new run directory."""
-    found: dict[str, list[float]] = {"imports": [], "start": [], "checkpoint": [], "resume": []}
+    found: dict[str, list[float]] = {"start": [], "checkpoint": [], "resume": []}
     for number in range(rounds):
         run_dir = base / f"run-{number}"
-        found["imports"].append(import_seconds(environment))
         fresh = watched(flags, run_dir, environment, save=True)
         found["start"].append(fresh["first_step"])
         found["checkpoint"].append(fresh["checkpoint"])
@@ -128,7 +119,6 @@ def main() -> None:
             result.figures.append({"what": name, "seconds": values, "median": median(values)})
 
         found: dict[str, Any] = measure([*flags, "--compile", "none"], base, environment, arguments.rounds)
-        add("importing train_accelerate and all it needs", found["imports"])
         add("process start to the end of the first step", found["start"])
         add("first to last byte of a checkpoint", found["checkpoint"])
         add("the same command again, to the end of its first step", found["resume"])
