@@ -51,7 +51,7 @@ class GPTScratchConfig(PreTrainedConfig):
     """
 
     model_type = "gpt_scratch"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # one thing, by its older and its newer name
     attribute_map = {
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",

@@ -53,6 +53,9 @@ except ImportError:  # with this folder on sys.path
 
 logger = logging.get_logger(__name__)
 
+# transformers' name for past keys and values, in arguments and in outputs: `past_key_values` before 5.24.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 # ----------------------------------------------------------------------------------------------------------
 # Attention, MLP, block.
 
@@ -104,7 +107,8 @@ class GPTScratchAttention(nn.Module):
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
+            # Paged caches change the keyword arguments of the attention function.
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, H, S, D)
 
         if past_key_values is None and self._blocks_are_faster(query, attention_mask):
             dropout = self.config.attn_pdrop
@@ -179,6 +183,7 @@ class GPTScratchBlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
+        past_key_values = kwargs.pop(CACHE, past_key_values)
         attended, _ = self.attn(
             self.ln_1(hidden_states), attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
         )
@@ -196,7 +201,7 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     _input_embed_layer = "wte"
     _no_split_modules = ["GPTScratchBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -255,12 +260,14 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             attention_mask: (B, S) with 0 at padding, or (B, 1, T, S) as the attention function takes it.
             position_ids: (B, T); counted from the cache's length if not given. Where they restart, a new
                 document begins, and none sees another (only without a mask and without a cache).
-            past_key_values: keys and values of the tokens before. Made here if `use_cache`, but never in
-                training mode nor for packed documents: a cache would make one document see the next.
+            past_key_values: keys and values of the tokens before; from transformers 5.24 on also called
+                `cache`. Made here if `use_cache`, but never in training mode nor for packed documents: a
+                cache would make one document see the next.
 
         Raises:
             ValueError: both or neither of ids and embeddings; a position of `n_positions` or more.
         """
+        past_key_values = kwargs.pop(CACHE, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -289,13 +296,13 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             hidden_states = block(
                 hidden_states,
                 attention_mask=mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
                 use_cache=use_cache,
+                **{CACHE: past_key_values},  # by this name checkpointing of activations leaves it out
                 **kwargs,
             )
         hidden_states = self.ln_f(hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: past_key_values})
 
     def _causal_mask(self, inputs_embeds, attention_mask, past_key_values, position_ids):
         if (
@@ -312,8 +319,8 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,  # only the caller's: documents are told apart by their restarts
+            **{CACHE: past_key_values},
         )
 
     def _positions(self, inputs_embeds, past_key_values):
@@ -429,7 +436,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=kwargs.pop(CACHE, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -463,7 +470,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
