@@ -10,6 +10,7 @@ N = B * T, S tokens attended to (the cache's and the new ones).
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -268,6 +269,9 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             ValueError: both or neither of ids and embeddings; a position of `n_positions` or more.
         """
         past_key_values = kwargs.pop(CACHE, past_key_values)
+        if strangers := [name for name, value in kwargs.items() if isinstance(value, Cache)]:
+            # Going on without it would give other tokens.
+            raise TypeError(f"{strangers[0]}: past keys and values are taken as past_key_values or {CACHE}")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -282,7 +286,8 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         mask = self._causal_mask(inputs_embeds, attention_mask, past_key_values, position_ids)
-        if document_starts is not None and "flash" in self.config._attn_implementation:
+        is_flash = "flash" in self.config._attn_implementation
+        if is_flash and document_starts is not None and "cu_seq_lens_q" not in kwargs:
             kwargs.update(_flash_document_lengths(document_starts, inputs_embeds.shape[0]))
         if position_ids is None:
             position_ids = self._positions(inputs_embeds, past_key_values)
@@ -302,7 +307,8 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
                 **kwargs,
             )
         hidden_states = self.ln_f(hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: past_key_values})
+        cache: dict[str, Any] = {CACHE: past_key_values}
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **cache)
 
     def _causal_mask(self, inputs_embeds, attention_mask, past_key_values, position_ids):
         if (
@@ -518,6 +524,26 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
             )
             generation_config.max_length = longest
         return generation_config
+
+    def generate_batch(self, inputs, generation_config=None, **kwargs):  # type: ignore[override]
+        """transformers' continuous batching: every prompt of `inputs`, lists of ids, is continued.
+
+        Without `max_new_tokens`, here or in the configuration, as far as the longest prompt allows.
+
+        Raises:
+            ValueError: a prompt would run past `n_positions`; found in the midst, it would end all of them.
+        """
+        config = self.generation_config if generation_config is None else generation_config
+        longest = max(map(len, inputs), default=0)
+        room = self.config.n_positions - longest
+        if kwargs.get("max_new_tokens") is None:
+            kwargs["max_new_tokens"] = config.max_new_tokens or room
+        if kwargs["max_new_tokens"] > room or room < 1:
+            raise ValueError(
+                f"a prompt of {longest} tokens and max_new_tokens={kwargs['max_new_tokens']} do not fit into "
+                f"n_positions={self.config.n_positions}; shorten the prompt or ask for fewer."
+            )
+        return super().generate_batch(inputs, generation_config, **kwargs)
 
 
 class GPTScratchForSequenceClassification(GenericForSequenceClassification, GPTScratchPreTrainedModel):

@@ -24,7 +24,7 @@ LINE_LIMITS = {
     "eval_hellaswag.py": 100,
     "eval_dungeons.py": 150,
     # One file on purpose: the model is read bottom up.
-    "modeling_gpt_scratch/modeling_gpt_scratch.py": 550,
+    "modeling_gpt_scratch/modeling_gpt_scratch.py": 600,
 }
 DEFAULT_LINE_LIMIT = 400
 

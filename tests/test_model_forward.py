@@ -14,6 +14,7 @@ from modeling_gpt_scratch import (
     GPTScratchForTokenClassification,
     GPTScratchModel,
 )
+from modeling_gpt_scratch.modeling_gpt_scratch import CACHE
 
 # Runs on the CPU; FlashAttention needs a GPU.
 IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention"]
@@ -141,6 +142,21 @@ def test_flash_attention_is_told_where_packed_documents_begin_in_a_batch_of_seve
         assert call["max_length_q"] == call["max_length_k"] == 8
 
 
+def test_a_servers_own_division_into_requests_is_left_as_it_is():
+    """Continuous batching decodes several requests in a row: positions jump, and it knows whose each is."""
+    position_ids = torch.tensor([[57, 12, 33]])
+    lengths = torch.tensor([0, 58, 71, 105], dtype=torch.int32)
+    calls = record_attention_arguments(
+        make(),
+        "spy_flash",
+        ids(1, 3),
+        position_ids=position_ids,
+        cu_seq_lens_q=lengths,
+        cu_seq_lens_k=lengths,
+    )
+    assert all(call["cu_seq_lens_k"] is lengths for call in calls)
+
+
 def test_compiled_training_reaches_sdpa_causal_and_without_a_mask():
     seen = []
 
@@ -203,6 +219,17 @@ def test_continuing_from_a_cache_equals_one_pass():
     first = model(input_ids[:, :12])
     second = model(input_ids[:, 12:], past_key_values=first.past_key_values)
     torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1), whole, **TOLERANCE)
+
+
+def test_a_cache_is_taken_by_the_name_of_this_transformers_and_refused_under_a_strange_one():
+    """5.24 renamed past_key_values; the new name was swallowed, and generation went on without a cache."""
+    model, input_ids = make(), ids(2, 20)
+    first = model.transformer(input_ids[:, :12])
+    second = model.transformer(input_ids[:, 12:], **{CACHE: first[CACHE]})
+    states = torch.cat([first.last_hidden_state, second.last_hidden_state], dim=1)
+    torch.testing.assert_close(states, model.transformer(input_ids).last_hidden_state, **TOLERANCE)
+    with pytest.raises(TypeError, match=r"past_of_tomorrow: .* are taken as past_key_values"):
+        model(input_ids[:, :1], past_of_tomorrow=second[CACHE])
 
 
 def test_training_mode_makes_no_cache_but_takes_one_that_it_is_given():

@@ -100,6 +100,19 @@ def test_continuous_batching_gives_each_prompt_its_greedy_tokens(model, expected
     assert generated[tuple(prompts[0])] == expected[0, 5:].tolist()
 
 
+def test_continuous_batching_ends_or_is_refused_before_the_last_position(model):
+    """One request that was too long used to end all the others with an error of its own."""
+    config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    n_positions = model.config.n_positions
+    with pytest.raises(ValueError, match=f"prompt of {n_positions - 2} tokens and max_new_tokens=3 "):
+        model.generate_batch([[5, 6], [7] * (n_positions - 2)], config, max_new_tokens=3)
+    with pytest.raises(ValueError, match=f"n_positions={n_positions}"):
+        model.generate_batch([[7] * n_positions], config)
+    prompts = [[5, 6], [7] * (n_positions - 2)]
+    results = model.generate_batch(prompts, config, progress_bar=False)
+    assert [len(result.generated_tokens) for result in results.values()] == [2, 2]
+
+
 def test_left_padded_prompts_continue_as_each_does_alone(model):
     prompts = [[5, 6, 7, 8, 9], [30, 31], [40, 41, 42]]
     longest = max(map(len, prompts))
