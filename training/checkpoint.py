@@ -112,19 +112,22 @@ class BackgroundWriter:
         self._is_hopeless = False
 
     def snapshot(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies in host memory. Call only after `settle`: the last snapshot's buffers are used again."""
+        """Whole copies in host memory. Call only after `settle`: the last snapshot's buffers are used again.
+
+        Sharded tensors are gathered one after the other, so that a GPU holds no second model.
+        """
         copies = {}
-        for name, tensor in tensors.items():
+        is_on_gpu = any(tensor.is_cuda for tensor in tensors.values())
+        for name, sharded in tensors.items():
+            tensor = whole(sharded)
             buffer = self._buffers.get(name)
             if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
                 # Pinned memory takes a GPU's copies at the full speed of the bus, all in flight at once.
-                buffer = torch.empty(
-                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"
-                )
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 self._buffers[name] = buffer
             # Only CUDA is waited for below: from other devices the bytes might come after the return.
-            copies[name] = buffer.copy_(tensor, non_blocking=tensor.device.type == "cuda")
-        if torch.cuda.is_available():
+            copies[name] = buffer.copy_(tensor, non_blocking=tensor.is_cuda)
+        if is_on_gpu:
             torch.cuda.synchronize()
         return copies
 
@@ -208,7 +211,7 @@ def save_checkpoint(
     if accelerator.is_main_process:
         if writer is not None:
             writer.settle()
-            copies = writer.snapshot({name: whole(tensor) for name, tensor in tensors.items()})
+            copies = writer.snapshot(tensors)
         else:
             copies = {name: whole(tensor).cpu() for name, tensor in tensors.items()}
         progress = state.progress() | {
@@ -247,9 +250,8 @@ def _write(
     try:
         temporary.mkdir()
         listing = {name: write_file(temporary / name, [content]) for name, content in companions.items()}
-        listing[PROGRESS_FILE] = write_file(
-            temporary / PROGRESS_FILE, [json.dumps(progress, indent=1).encode()]
-        )
+        progress_text = json.dumps(progress, indent=1).encode()
+        listing[PROGRESS_FILE] = write_file(temporary / PROGRESS_FILE, [progress_text])
         for file, part in ((WEIGHTS_FILE, "weights/"), (OPTIMIZER_FILE, "optimizer/")):
             chosen = {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}
             listing[file] = write_safetensors(temporary / file, chosen)
