@@ -37,7 +37,7 @@ from training.export import export_model, how_to_load
 from training.guard import StepGuard, check_weights
 from training.interruption import Interruptions
 from training.journal import Journal
-from training.objective import count_targets, count_tokens, language_modeling_loss, to_device
+from training.objective import count_targets, count_tokens, language_modeling_loss, send, to_device
 from training.optimizer import set_learning_rate
 from training.patience import Patience, restore_best_weights
 from training.plan import StandInBlocks, plan_or_run
@@ -175,9 +175,10 @@ def train(
         journal.begin(state, chosen, parameters, len(eval_set))  # type: ignore[arg-type]
         while state.step < length.max_steps and not stop and not patience.is_over:
             learning_rate = set_learning_rate(optimizer, state.step, length.settings)
-            batches = [to_device(batch, device) for batch in islice(micro_batches, accumulation)]
-            counts = torch.stack([torch.stack([count_targets(b), count_tokens(b)]) for b in batches]).sum(0)
-            num_targets, num_tokens = accelerator.reduce(counts, "sum").clamp(min=1)
+            read = list(islice(micro_batches, accumulation))
+            counts = torch.stack([torch.stack([count_targets(b), count_tokens(b)]) for b in read]).sum(0)
+            num_targets, num_tokens = accelerator.reduce(send(counts, device), "sum").clamp(min=1)
+            batches = [to_device(batch, device) for batch in read]
             shares = []  # of the step's loss, by micro-batch
             for number, batch in enumerate(batches, start=1):
                 # Gradients travel between processes once a step, with the last micro-batch.

@@ -1,5 +1,6 @@
 """The parts of a step, each alone: rate, decay, counting, the guard."""
 
+import json
 import math
 from itertools import pairwise
 
@@ -11,11 +12,17 @@ from accelerate.tracking import GeneralTracker
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from training import objective
+from training.budget import RunLength
+from training.checkpoint import TrainState
 from training.guard import SPIKE_WINDOW_STEPS, SpikeWatch, StepGuard
-from training.objective import count_targets, language_modeling_loss
+from training.journal import Journal
+from training.objective import count_targets, language_modeling_loss, send, to_device
 from training.optimizer import build_optimizer
 from training.recipe import TrainSettings
+from training.run_directory import RunDirectory
 from training.schedule import learning_rate_at
+from training.throughput import describe_machine
 from training.trackers import Trackers
 
 
@@ -112,6 +119,35 @@ def test_a_non_finite_step_leaves_weights_moments_and_counts_alone(accelerator, 
     assert step(spoil=False) == 0.0
     assert not torch.equal(before[0], model.weight)
     assert guard.read() == (2, 0)
+
+
+def test_tokens_are_counted_exactly_beside_a_loss_of_few_digits(accelerator, tmp_path):
+    """They were once cast to the loss's type: 12,345 in bfloat16 is 12,352, and the error added up."""
+    settings = TrainSettings(run_dir=str(tmp_path))
+    run = RunDirectory(accelerator, tmp_path, settings, "", allow_change=False)
+    machine = describe_machine(accelerator, settings, toy_gpt2())
+    state = TrainState(nn.Linear(1, 1), None)
+    guard, length = StepGuard(accelerator.device), RunLength(accelerator, tmp_path, settings, machine, state)
+    journal = Journal(accelerator, run, guard, state, settings, lambda first, rows: "", machine, length)
+    loss, tokens = torch.tensor(2.875, dtype=torch.bfloat16), torch.tensor(2**24 + 1)
+    for state.step in (1, 2):
+        journal.add(state, 0.1, loss, torch.tensor(1.0), torch.tensor(0.0), tokens, loss[None])
+    journal.flush(state)
+    journal.close()
+    assert state.tokens == 2 * (2**24 + 1)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["loss"], line["tokens"]) for line in lines] == [(2.875, 2**24 + 1), (2.875, 2**25 + 2)]
+
+
+def test_a_tensor_under_two_names_is_sent_once(monkeypatch):
+    """As labels that nobody masked are the inputs."""
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(objective, "send", lambda tensor, device: sent.append(tensor) or send(tensor, device))
+    input_ids, mask = torch.ones(2, 3, dtype=torch.int64), torch.zeros(2, 3)
+    batch = {"input_ids": input_ids, "labels": input_ids, "attention_mask": mask}
+    there = to_device(batch, torch.device("meta"))
+    assert len(sent) == 2 and there["input_ids"] is there["labels"] is not there["attention_mask"]
+    assert list(there) == list(batch) and all(tensor.is_meta for tensor in there.values())
 
 
 def test_a_spike_is_far_above_the_last_losses_and_does_not_hide_the_next():

@@ -28,15 +28,16 @@ from training.trackers import Trackers
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step. `numbers`, float32 (4 + micro-batches of this process,), are still on the device.
+    """One step, its tensors still on the device.
 
-    They are the loss, the gradient norm, 1 if the update was skipped, the step's tokens over all processes,
-    and each micro-batch's share of the loss.
+    `numbers`, float32 (3 + micro-batches of this process,), are the loss, the gradient norm, 1 if the update
+    was skipped, and each micro-batch's share of the loss; `tokens`, int64 (), those of all processes.
     """
 
     step: int
     learning_rate: float
     numbers: Tensor
+    tokens: Tensor
 
 
 class Journal:
@@ -106,8 +107,8 @@ class Journal:
 
         Nothing waits for the tensors, 0-d but for `shares`.
         """
-        numbers = torch.cat([torch.stack([loss, gradient_norm, is_skipped, tokens.to(loss.dtype)]), shares])
-        self._records.append(StepRecord(state.step, learning_rate, numbers))
+        numbers = torch.stack([loss.float(), gradient_norm.float(), is_skipped, *shares.float()])
+        self._records.append(StepRecord(state.step, learning_rate, numbers, tokens))
 
     def flush(self, state: TrainState) -> None:
         """Write the metrics of all steps since the last flush, and bring `state`'s counts up to date.
@@ -124,16 +125,19 @@ class Journal:
         if not self._records:
             return None
         records, self._records = self._records, []
-        self._mark("training")
         numbers = torch.stack([record.numbers for record in records]).tolist()
-        speed = self._stopwatch.tokens_per_second(int(sum(row[3] for row in numbers)))
+        tokens_of_steps = torch.stack([record.tokens for record in records]).tolist()
+        self._mark("training")  # after the wait: until here the device was busy with these steps
+        speed = self._stopwatch.tokens_per_second(sum(tokens_of_steps))
         state.elapsed_seconds = self._elapsed_before + time.monotonic() - self._began
         state.skipped_steps, state.skipped_in_a_row = self._guard.read()
         mfu, spend = self._machine.mfu(speed), self._machine.spend_usd(state.elapsed_seconds)
         costs = {"spend_usd": round(spend, 4)} if spend else {}
         lines = []
-        for record, (loss, gradient_norm, is_skipped, tokens, *_) in zip(records, numbers, strict=True):
-            state.tokens += int(tokens)
+        for record, tokens, (loss, gradient_norm, is_skipped, *_) in zip(
+            records, tokens_of_steps, numbers, strict=True
+        ):
+            state.tokens += tokens
             line = {
                 "step": record.step,
                 "tokens": state.tokens,
@@ -168,7 +172,7 @@ class Journal:
         ]
         self._progress.show(state.step, max_steps, ", ".join(parts))
         self._stopwatch.restart()
-        return records[-1].step, numbers[-1][4:]
+        return records[-1].step, numbers[-1][3:]
 
     def _diverged(self, state: TrainState, last_step: int, shares: list[float]) -> str:
         """The message that ends a run whose steps are not finite. Every process calls this."""
