@@ -150,6 +150,32 @@ def test_a_tensor_under_two_names_is_sent_once(monkeypatch):
     assert list(there) == list(batch) and all(tensor.is_meta for tensor in there.values())
 
 
+@pytest.mark.parametrize("where", ["loss", "norm"])
+def test_fp16_skips_what_only_the_loss_or_the_norm_shows(accelerator, where):
+    """The scaler looks at gradients alone, and under FSDP2 at this process's: the step was counted as skipped
+    and taken. A CPU has the scaler too.
+    """
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model = nn.Linear(3, 2)
+    optimizer = accelerator.prepare(build_optimizer(model, TrainSettings()))
+    guard = StepGuard(accelerator.device)
+
+    def step(loss: float, norm: float) -> None:
+        accelerator.scaler.scale(model(torch.ones(1, 3)).square().sum()).backward()
+        accelerator.scaler.unscale_(optimizer.optimizer)
+        guard.check(optimizer, torch.tensor(loss), torch.tensor(norm))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(1.0, 1.0)
+    before = model.weight.detach().clone()
+    step(*((math.inf, 1.0) if where == "loss" else (1.0, math.inf)))
+    assert torch.equal(before, model.weight) and guard.read() == (1, 1)
+    assert accelerator.scaler.get_scale() == 512.0
+    step(1.0, 1.0)
+    assert not torch.equal(before, model.weight) and guard.read() == (1, 0)
+
+
 def test_a_spike_is_far_above_the_last_losses_and_does_not_hide_the_next():
     usual = [3.0 + 0.01 * math.sin(step) for step in range(SPIKE_WINDOW_STEPS)]
     watch = SpikeWatch()
