@@ -46,7 +46,7 @@ from training.recipe import TrainSettings, micro_batches_per_process
 from training.run_directory import on_main_process
 from training.settings import for_the_owner, given_flags, parse_settings
 from training.shards import announce_shards, make_if_missing, words_to_train
-from training.start import count_parameters, open_run, say_complete
+from training.start import count_parameters, open_run, rows_per_step, say_complete
 from training.throughput import describe_machine
 from training.weights import whole
 
@@ -151,8 +151,7 @@ def train(
 
     rows = settings.micro_batch_size
     loader = partial(build_loader, collate=collate, micro_batch_size=rows, rank=rank, world_size=world_size)
-    first_micro_batch = state.step * accumulation * world_size
-    micro_batches = iter(loader(train_set, seed=settings.seed, start_batch=first_micro_batch))
+    micro_batches = iter(loader(train_set, seed=settings.seed, start_batch=state.rows // rows))
     eval_batches = -(-settings.eval_tokens // (rows * settings.block_size))
     prompts, temperature = settings.sample_prompts, settings.sample_temperature
     token_bytes = token_bytes_or_none(tokenizer, warn=accelerator.print)
@@ -193,7 +192,7 @@ def train(
             is_skipped = guard.check(optimizer, loss, gradient_norm)
             optimizer.step()
             optimizer.zero_grad()
-            state.step += 1
+            state.step, state.rows = state.step + 1, state.rows + rows_per_step(settings)
             average.update(state.step)
             journal.add(state, learning_rate, loss, gradient_norm, is_skipped, num_tokens, all_shares)
 

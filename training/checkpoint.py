@@ -47,7 +47,6 @@ RANDOM_STATE_FILE = "random_states.safetensors"
 PROGRESS_FILE = "training_state.json"
 FORMAT_VERSION = 1
 FAILED_SAVES_THAT_END_A_RUN = 3
-
 STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -59,14 +58,16 @@ class NonFiniteWeightsError(ValueError):
 class TrainState:
     """All that a step changes, and the small files that make a checkpoint loadable on its own.
 
-    `tokens` are those consumed; `validation_loss` is that of `validation_step`, nats/token, NaN before the
-    first one. `companions` are further files of each checkpoint by name: config, tokenizer, settings.
+    `tokens` are those consumed, `rows` those of the data's order that were read; `validation_loss` is that of
+    `validation_step`, nats/token, NaN before the first. `companions` are further files of each checkpoint by
+    name: config, tokenizer, settings.
     """
 
     model: nn.Module
     optimizer: Any
     step: int = 0
     tokens: int = 0
+    rows: int = 0
     elapsed_seconds: float = 0.0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
@@ -77,7 +78,7 @@ class TrainState:
 
     def progress(self) -> dict[str, int | float | str]:
         """The plain numbers, for JSON."""
-        names = ("step", "tokens", "elapsed_seconds", "skipped_steps", "skipped_in_a_row")
+        names = ("step", "tokens", "rows", "elapsed_seconds", "skipped_steps", "skipped_in_a_row")
         numbers: dict[str, int | float | str] = {name: getattr(self, name) for name in names}
         if self.validation_step >= 0:
             numbers |= {"validation_loss": self.validation_loss, "validation_step": self.validation_step}

@@ -25,6 +25,9 @@ from training.settings import SettingsError, plain_settings
 from training.throughput import Machine, Progress, Stopwatch, in_words
 from training.trackers import Trackers
 
+# Of a step whose data is suspected; a batch of GPT-2 has hundreds.
+ROWS_NAMED = 16
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -178,17 +181,25 @@ class Journal:
         """The message that ends a run whose steps are not finite. Every process calls this."""
         rank, world_size = self._accelerator.process_index, self._accelerator.num_processes
         rows = self._settings.micro_batch_size
-        first_micro_batch = (last_step - 1) * len(shares) * world_size
+        rows_of_step = rows * len(shares) * world_size
+        first_row = state.rows - rows_of_step
         mine = [
-            first_micro_batch + number * world_size + rank
+            first_row + (number * world_size + rank) * rows
             for number, share in enumerate(shares)
             if not math.isfinite(share)
         ]
         bad = sorted(gather_object(mine)) if world_size > 1 else mine
-        where = "The losses were finite: it was the gradients that were not."
         if bad:
-            rows_in_words = self._describe_rows(bad[0] * rows, rows)
+            rows_in_words = self._describe_rows(bad[0], rows)
             where = f"The first bad micro-batch of step {last_step:,} is {rows_in_words}."
+        else:
+            named = min(rows_of_step, ROWS_NAMED)
+            others = f", and {rows_of_step - named:,} more" if rows_of_step > named else ""
+            where = (
+                f"The losses were finite: it was the gradients that were not. Step {last_step:,} read "
+                f"{rows_of_step:,} rows from position {first_row:,} of the data's order: "
+                f"{self._describe_rows(first_row, named)}{others}."
+            )
         return (
             f"loss or gradients were not finite in {state.skipped_in_a_row} steps in a row, the last being "
             f"step {last_step:,}; none of them changed the weights. {where} The same command goes on "

@@ -56,8 +56,31 @@ def open_run(
     set_seed(settings.seed + accelerator.process_index)  # each process draws its own dropout
     if resumed_from is not None:
         restore_checkpoint(accelerator, resumed_from, state)
+        _align(accelerator, settings, state)
     run.continue_metrics(state.step)
     return run, state
+
+
+def rows_per_step(settings: TrainSettings) -> int:
+    """Rows that all processes together read for one step."""
+    return settings.batch_tokens // settings.block_size
+
+
+def _align(accelerator: Accelerator, settings: TrainSettings, state: TrainState) -> None:
+    """Let the data go on where it was, at the next row that is the first of a process's micro-batch.
+
+    Rows are only passed over where the batch was changed between two starts of the run.
+    """
+    if not state.rows:  # a checkpoint of before they were counted
+        state.rows = state.step * rows_per_step(settings)
+    together = settings.micro_batch_size * accelerator.num_processes
+    passed_over = -state.rows % together
+    if passed_over:
+        accelerator.print(
+            f"The batch was another one before: the data goes on {passed_over:,} rows further, at the next "
+            f"multiple of {together:,} (micro_batch_size x processes)."
+        )
+    state.rows += passed_over
 
 
 def say_complete(run_dir: Path, state: TrainState) -> str:
