@@ -391,8 +391,7 @@ def restore_checkpoint(accelerator: Accelerator, folder: Path, state: TrainState
     except ValueError as error:
         raise SettingsError(
             f"{folder} does not fit the model of these settings: {error}. Give the model's settings as "
-            f"{folder / 'settings.yaml'} has them, with --allow_change because the run directory has taken "
-            "note of others by now, or another --run_dir to start a new run."
+            f"{folder / 'settings.yaml'} has them, or another --run_dir to start a new run."
         ) from error
     if accelerator.scaler is not None and progress["scaler"] is not None:
         accelerator.scaler.load_state_dict(progress["scaler"])

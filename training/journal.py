@@ -295,5 +295,6 @@ class Journal:
         """Write what is left when an error ends the run, leave the bar as it is, and let trackers finish."""
         with suppress(Exception):  # a device that failed gives no numbers: its own error is the one to show
             self._write(self._state)
+        self._run.close()
         self._trackers.close()
         self._progress.close()

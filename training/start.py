@@ -8,7 +8,7 @@ from accelerate.utils import set_seed
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from training.checkpoint import TrainState, checkpoint_to_resume, latest_checkpoint, restore_checkpoint
+from training.checkpoint import TrainState, checkpoint_to_resume, restore_checkpoint
 from training.export import how_to_load, pretrained_companions
 from training.optimizer import build_optimizer
 from training.recipe import TrainSettings, check_prompts
@@ -29,7 +29,8 @@ def open_run(
     Model and optimizer come back in the state, prepared by Accelerate. Every process calls this.
 
     Raises:
-        SettingsError: if the run cannot start, or cannot go on; nothing of it has changed then.
+        SettingsError: if the run cannot start, or cannot go on; nothing of it has changed then, but that
+            damaged checkpoints are set aside.
     """
     check_prompts(tokenizer, settings, model.config)
     run_dir = Path(settings.run_dir)
@@ -42,8 +43,8 @@ def open_run(
         allow_change=settings.allow_change,
         receipt=data_receipt(train_set),
     )
-    on_main_process(accelerator, lambda: checkpoint_to_resume(run_dir, warn=print))  # sets damaged ones aside
-    resumed_from = latest_checkpoint(run_dir)
+    # Of the main process's choice: another machine's view of a shared folder may be of a moment ago.
+    resumed_from = on_main_process(accelerator, lambda: checkpoint_to_resume(run_dir, warn=print))
 
     companions = pretrained_companions(model, tokenizer)
     companions["settings.yaml"] = settings_as_yaml(settings).encode()
@@ -57,7 +58,7 @@ def open_run(
     if resumed_from is not None:
         restore_checkpoint(accelerator, resumed_from, state)
         _align(accelerator, settings, state)
-    run.continue_metrics(state.step)
+    run.begin(state.step)
     return run, state
 
 
@@ -87,7 +88,8 @@ def say_complete(run_dir: Path, state: TrainState) -> str:
     """What to tell who starts a run that has ended."""
     return (
         f"The run in {run_dir} is complete ({state.step:,} steps). For a new run give another --run_dir; "
-        "to train this one on, a higher --max_steps and --allow_change.\n" + how_to_load(run_dir / "export")
+        "to train this one on, a higher --max_steps and --allow_change.\n"
+        + how_to_load(run_dir / "export")
     )
 
 
