@@ -33,7 +33,7 @@ from training.averaging import WeightAverage
 from training.budget import RunLength
 from training.checkpoint import BackgroundWriter, Keep, TrainState, save_checkpoint
 from training.device import as_script, start_accelerator
-from training.export import export_model, how_to_load
+from training.export import AVERAGED_EXPORT_FOLDER, EXPORT_FOLDER, export_model, how_to_load
 from training.guard import StepGuard, check_weights
 from training.interruption import Interruptions
 from training.journal import Journal
@@ -46,7 +46,7 @@ from training.recipe import TrainSettings, micro_batches_per_process
 from training.run_directory import on_main_process
 from training.settings import for_the_owner, given_flags, parse_settings
 from training.shards import announce_shards, make_if_missing, words_to_train
-from training.start import count_parameters, open_run, rows_per_step, say_complete
+from training.start import count_parameters, is_complete, open_run, rows_per_step, say_complete
 from training.throughput import describe_machine
 from training.weights import whole
 
@@ -142,10 +142,11 @@ def train(
     machine, parameters = describe_machine(accelerator, settings, model), count_parameters(model)
     run, state = open_run(accelerator, settings, model, tokenizer, train_set)
     model, optimizer = state.model, state.optimizer
-    run_dir, export_dir = run.path, run.path / "export"
+    run_dir, export_dir = run.path, run.path / EXPORT_FOLDER
     patience = Patience(accelerator, run_dir, settings.early_stopping_evaluations)
     length = RunLength(accelerator, run_dir, settings, machine, state)
-    if (state.step >= length.max_steps or patience.is_over) and export_dir.exists():
+    has_all_steps = state.step >= length.max_steps or patience.is_over
+    if is_complete(accelerator, run_dir, has_all_steps=has_all_steps):
         accelerator.print(say_complete(run_dir, state))
         return state
 
@@ -239,8 +240,8 @@ def train(
         return state
     if settings.export_best:
         journal.say(restore_best_weights(accelerator, run_dir, state))
-    export_model(accelerator, model, tokenizer, export_dir)
-    average.use(partial(export_model, accelerator, model, tokenizer, run_dir / "export-ema"))
+    average.use(partial(export_model, accelerator, model, tokenizer, run_dir / AVERAGED_EXPORT_FOLDER))
+    export_model(accelerator, model, tokenizer, export_dir)  # last: it says that the run is complete
     journal.say(how_to_load(export_dir))
     return state
 

@@ -386,6 +386,49 @@ def test_a_full_disk_during_export_is_said_and_loses_nothing(copy_of_finished, s
     assert (copy_of_finished / "export" / "model.safetensors").exists()
 
 
+def test_a_run_killed_between_its_two_exports_writes_both(shards, tmp_path, monkeypatch):
+    """The weights' export came first, said that the run was complete, and the average was never written."""
+    settings = {"shards": shards, "run_dir": tmp_path / "run", "max_steps": 2, "ema_decay": 0.5}
+    fail_at_call(monkeypatch, "export_model", 2)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(**settings)
+    monkeypatch.undo()
+    train_here(**settings)
+    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "export-ema" / "model.safetensors").exists()
+
+
+def test_a_prolonged_run_killed_before_its_export_does_not_pass_off_the_old_one(
+    copy_of_finished, shards, monkeypatch
+):
+    """It was complete by the export of its earlier end."""
+    longer = {"shards": shards, "run_dir": copy_of_finished, "max_steps": 14, "allow_change": "true"}
+    fail_at_call(monkeypatch, "export_model", 1)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(**longer)
+    monkeypatch.undo()
+    assert latest_checkpoint(copy_of_finished).name == "step-0000014"
+    train_here(**longer)
+    old, new = (
+        load_file(copy_of_finished / name / "model.safetensors") for name in ("export-previous-1", "export")
+    )
+    saved = load_file(latest_checkpoint(copy_of_finished) / "model.safetensors")
+    name = "transformer.h.0.attn.o_proj.weight"
+    assert torch.equal(new[name], saved[name]) and not torch.equal(old[name], saved[name])
+
+
+def fail_at_call(monkeypatch, name: str, number: int) -> None:
+    """The `number`th call of what the loop knows by `name` is interrupted, as by a kill."""
+    function, calls = getattr(train_accelerate, name), itertools.count(1)
+
+    def interrupted(*arguments, **named):
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return function(*arguments, **named)
+
+    monkeypatch.setattr(train_accelerate, name, interrupted)
+
+
 def test_a_second_run_in_the_same_directory_is_refused(copy_of_finished, shards):
     """The first one holds the folder's lock, as a run in progress does."""
     import fcntl

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from training.checkpoint import TrainState, checkpoint_to_resume, restore_checkpoint
-from training.export import how_to_load, pretrained_companions
+from training.export import EXPORT_FOLDER, how_to_load, pretrained_companions, set_aside
 from training.optimizer import build_optimizer
 from training.recipe import TrainSettings, check_prompts
 from training.run_directory import RunDirectory, data_fingerprint, data_receipt, on_main_process
@@ -84,12 +84,29 @@ def _align(accelerator: Accelerator, settings: TrainSettings, state: TrainState)
     state.rows += passed_over
 
 
+def is_complete(accelerator: Accelerator, run_dir: Path, *, has_all_steps: bool) -> bool:
+    """Whether the run has ended, with its export. Every process calls this, and is told the same.
+
+    An export of a run that goes on is set aside: it is not the one of its end.
+    """
+
+    def look() -> bool:
+        export_dir = run_dir / EXPORT_FOLDER
+        if export_dir.exists() and not has_all_steps:
+            print(
+                f"The run goes on: {export_dir} is of its earlier end, and now {set_aside(export_dir).name}."
+            )
+        return export_dir.exists()
+
+    return on_main_process(accelerator, look)
+
+
 def say_complete(run_dir: Path, state: TrainState) -> str:
     """What to tell who starts a run that has ended."""
     return (
         f"The run in {run_dir} is complete ({state.step:,} steps). For a new run give another --run_dir; "
         "to train this one on, a higher --max_steps and --allow_change.\n"
-        + how_to_load(run_dir / "export")
+        + how_to_load(run_dir / EXPORT_FOLDER)
     )
 
 
