@@ -33,11 +33,11 @@ from training.averaging import WeightAverage
 from training.budget import RunLength
 from training.checkpoint import BackgroundWriter, Keep, TrainState, save_checkpoint
 from training.device import as_script, start_accelerator
-from training.export import export_model, how_to_load
+from training.export import AVERAGED_EXPORT_FOLDER, EXPORT_FOLDER, export_model, how_to_load
 from training.guard import StepGuard, check_weights
 from training.interruption import Interruptions
 from training.journal import Journal
-from training.objective import count_targets, count_tokens, language_modeling_loss, to_device
+from training.objective import count_targets, count_tokens, language_modeling_loss, send, to_device
 from training.optimizer import set_learning_rate
 from training.patience import Patience, restore_best_weights
 from training.plan import StandInBlocks, plan_or_run
@@ -46,7 +46,7 @@ from training.recipe import TrainSettings, micro_batches_per_process
 from training.run_directory import on_main_process
 from training.settings import for_the_owner, given_flags, parse_settings
 from training.shards import announce_shards, make_if_missing, words_to_train
-from training.start import count_parameters, open_run, say_complete
+from training.start import count_parameters, is_complete, open_run, rows_per_step, say_complete
 from training.throughput import describe_machine
 from training.weights import whole
 
@@ -142,17 +142,17 @@ def train(
     machine, parameters = describe_machine(accelerator, settings, model), count_parameters(model)
     run, state = open_run(accelerator, settings, model, tokenizer, train_set)
     model, optimizer = state.model, state.optimizer
-    run_dir, export_dir = run.path, run.path / "export"
+    run_dir, export_dir = run.path, run.path / EXPORT_FOLDER
     patience = Patience(accelerator, run_dir, settings.early_stopping_evaluations)
     length = RunLength(accelerator, run_dir, settings, machine, state)
-    if (state.step >= length.max_steps or patience.is_over) and export_dir.exists():
+    has_all_steps = state.step >= length.max_steps or patience.is_over
+    if is_complete(accelerator, run_dir, has_all_steps=has_all_steps):
         accelerator.print(say_complete(run_dir, state))
         return state
 
     rows = settings.micro_batch_size
     loader = partial(build_loader, collate=collate, micro_batch_size=rows, rank=rank, world_size=world_size)
-    first_micro_batch = state.step * accumulation * world_size
-    micro_batches = iter(loader(train_set, seed=settings.seed, start_batch=first_micro_batch))
+    micro_batches = iter(loader(train_set, seed=settings.seed, start_batch=state.rows // rows))
     eval_batches = -(-settings.eval_tokens // (rows * settings.block_size))
     prompts, temperature = settings.sample_prompts, settings.sample_temperature
     token_bytes = token_bytes_or_none(tokenizer, warn=accelerator.print)
@@ -175,9 +175,10 @@ def train(
         journal.begin(state, chosen, parameters, len(eval_set))  # type: ignore[arg-type]
         while state.step < length.max_steps and not stop and not patience.is_over:
             learning_rate = set_learning_rate(optimizer, state.step, length.settings)
-            batches = [to_device(batch, device) for batch in islice(micro_batches, accumulation)]
-            counts = torch.stack([torch.stack([count_targets(b), count_tokens(b)]) for b in batches]).sum(0)
-            num_targets, num_tokens = accelerator.reduce(counts, "sum").clamp(min=1)
+            read = list(islice(micro_batches, accumulation))
+            counts = torch.stack([torch.stack([count_targets(b), count_tokens(b)]) for b in read]).sum(0)
+            num_targets, num_tokens = accelerator.reduce(send(counts, device), "sum").clamp(min=1)
+            batches = [to_device(batch, device) for batch in read]
             shares = []  # of the step's loss, by micro-batch
             for number, batch in enumerate(batches, start=1):
                 # Gradients travel between processes once a step, with the last micro-batch.
@@ -192,7 +193,7 @@ def train(
             is_skipped = guard.check(optimizer, loss, gradient_norm)
             optimizer.step()
             optimizer.zero_grad()
-            state.step += 1
+            state.step, state.rows = state.step + 1, state.rows + rows_per_step(settings)
             average.update(state.step)
             journal.add(state, learning_rate, loss, gradient_norm, is_skipped, num_tokens, all_shares)
 
@@ -239,8 +240,8 @@ def train(
         return state
     if settings.export_best:
         journal.say(restore_best_weights(accelerator, run_dir, state))
-    export_model(accelerator, model, tokenizer, export_dir)
-    average.use(partial(export_model, accelerator, model, tokenizer, run_dir / "export-ema"))
+    average.use(partial(export_model, accelerator, model, tokenizer, run_dir / AVERAGED_EXPORT_FOLDER))
+    export_model(accelerator, model, tokenizer, export_dir)  # last: it says that the run is complete
     journal.say(how_to_load(export_dir))
     return state
 

@@ -1,4 +1,4 @@
-"""Settings that every test shares: no network, few threads, one process's files apart from another's."""
+"""Settings that every test shares: no network, few threads, one device."""
 
 import os
 
@@ -6,3 +6,6 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Runs are compared with those of other processes, which compute on the CPU (training_toys.environment) where
+# there is a GPU, too. tests/test_training_cuda.py takes this away.
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")

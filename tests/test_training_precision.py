@@ -1,4 +1,6 @@
-"""FP8 where a device has it, and a clear word where it has not."""
+"""Precision and compilation are what the device can do; FP8 where it has it, a clear word where not."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +11,15 @@ from transformers import AutoModelForCausalLM
 
 from data.tokenizer import train_tokenizer
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
+from training import device as training_device
 from training.checkpoint import Keep, TrainState, restore_checkpoint, save_checkpoint
-from training.device import choose_precision, computes_in_fp8, fp8_recipe
+from training.device import (
+    CPU_COMPILE_MINIMUM_FLOPS,
+    choose_compilation,
+    choose_precision,
+    computes_in_fp8,
+    fp8_recipe,
+)
 from training.export import export_model
 from training.objective import count_targets, language_modeling_loss
 from training.optimizer import build_optimizer
@@ -48,6 +57,88 @@ def take_steps(accelerator: Accelerator, count: int) -> tuple[TrainState, list[f
         optimizer.zero_grad()
         losses.append(loss.item())
     return TrainState(model, optimizer, step=count), losses
+
+
+CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
+
+
+@pytest.mark.parametrize(
+    ("device", "has_bfloat16", "precision"),
+    [
+        (CPU, True, "bf16"),
+        (CPU, False, "no"),
+        (CUDA, True, "bf16"),
+        (CUDA, False, "fp16"),
+        (MPS, True, "no"),
+    ],
+)
+def test_the_precision_is_what_the_device_has_in_hardware(monkeypatch, device, has_bfloat16, precision):
+    monkeypatch.setattr(training_device, "cpu_has_bfloat16", lambda: has_bfloat16)
+    capability = (8, 0) if has_bfloat16 else (7, 5)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert choose_precision(device, "auto").value == precision
+    assert choose_precision(device, "no").value == "no"
+
+
+def test_fp16_on_a_cpu_is_refused():
+    with pytest.raises(SettingsError, match="fp16 is for GPUs"):
+        choose_precision(CPU, "fp16")
+
+
+LONG = TrainSettings(n_layer=12, n_embd=768, batch_tokens=2**19, max_steps=1000)
+SHORT = TrainSettings(n_layer=1, n_embd=64, batch_tokens=2**10, max_steps=10)
+
+
+@pytest.fixture
+def compilers(tmp_path, monkeypatch):
+    """Makes a PATH on which there are these compilers and no others."""
+
+    def only(*names: str) -> None:
+        for name in names:
+            (tmp_path / name).touch(mode=0o755)
+
+    for variable in ("CC", "CXX", "ACCELERATE_USE_FSDP"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(training_device.sys, "platform", "linux")
+    return only
+
+
+def test_a_cpu_compiles_long_runs_and_a_gpu_all(compilers):
+    compilers("g++", "gcc")
+    assert CPU_COMPILE_MINIMUM_FLOPS < 72 * 12 * 768**2 * 2**19 * 1000
+    assert choose_compilation(CPU, LONG).value == choose_compilation(CUDA, LONG).value == "whole"
+    assert choose_compilation(CPU, SHORT).value == "none" and choose_compilation(CUDA, SHORT).value == "whole"
+    assert choose_compilation(MPS, LONG).value == "none"
+    for asked in ("none", "regional", "whole"):
+        assert choose_compilation(CPU, replace(SHORT, compile=asked)).value == asked
+
+
+def test_the_compiler_that_is_looked_for_is_the_one_that_will_be_called(compilers, monkeypatch):
+    """With gcc but no g++ a long run on a CPU once died at its first step."""
+    compilers("gcc", "cc")
+    choice = choose_compilation(CPU, LONG)
+    assert choice.value == "none" and choice.reason == "this machine has no C++ compiler (g++)"
+    choice = choose_compilation(CPU, replace(LONG, compile="whole"))
+    assert choice.value == "none" and choice.reason.startswith(
+        "it was asked for, but this machine has no C++"
+    )
+    assert choose_compilation(CUDA, LONG).value == "whole"
+    monkeypatch.setenv("CXX", "my-c++")
+    monkeypatch.setenv("CC", "my-cc")
+    assert "(my-c++)" in choose_compilation(CPU, LONG).reason
+    assert "no C compiler (my-cc)" in choose_compilation(CUDA, LONG).reason
+    compilers("my-c++", "my-cc")
+    assert choose_compilation(CPU, LONG).value == choose_compilation(CUDA, LONG).value == "whole"
+
+
+def test_a_sharded_model_is_compiled_block_by_block(compilers, monkeypatch):
+    """See tests/test_training_sharding.py for what became of one that was compiled whole."""
+    compilers("g++", "gcc")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert choose_compilation(CUDA, LONG).value == "regional"
+    choice = choose_compilation(CUDA, replace(LONG, compile="whole"))
+    assert choice.value == "regional" and "not whole as asked" in choice.reason
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine's GPU may well have FP8")

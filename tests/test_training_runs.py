@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import math
 import os
 import resource
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,6 +22,7 @@ from training_toys import (
     ROOT,
     VOCABULARY,
     as_flags,
+    ended,
     environment,
     free_port,
     metrics_of,
@@ -33,13 +36,14 @@ from training_toys import TOY_SETTINGS as TOY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_accelerate
-from data.loader import collate_blocks
+from data.loader import collate_blocks, permuted
+from data.shards import TokenBlocks
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
-from training.checkpoint import complete_checkpoints, latest_checkpoint
+from training.checkpoint import TrainState, complete_checkpoints, latest_checkpoint
 from training.export import export_model
 from training.objective import language_modeling_loss
 from training.recipe import TrainSettings, micro_batches_per_process
-from training.settings import parse_settings
+from training.settings import SettingsError, parse_settings
 
 CONFIGS = ROOT / "accelerate_configs"
 
@@ -180,6 +184,22 @@ def test_checkpoints_are_also_taken_by_the_clock(finished, shards, tmp_path):
     assert list(complete_checkpoints(run)) == [4, 5, 6]
 
 
+def train_with(objective=language_modeling_loss, collate=collate_blocks, **settings) -> TrainState:
+    """A run of the toy in this process with an objective, or a collator, of a test's own."""
+    chosen = TrainSettings(**{**TOY, **{name: cast(value) for name, value in settings.items()}})
+    tokenizer, train_set, eval_set = train_accelerate.prepare_data(chosen)
+    model = train_accelerate.build_model(chosen, tokenizer)
+    try:
+        return train_accelerate.train(chosen, model, tokenizer, train_set, eval_set, collate, objective)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def cast(value):
+    return str(value) if isinstance(value, Path) else value
+
+
 def test_a_spike_of_the_loss_is_said_and_noted_and_training_goes_on(shards, tmp_path, capsys):
     """Step 70 is given a tenfold loss, and so a tenfold gradient, which clipping takes back."""
     run, calls = tmp_path / "run", itertools.count()
@@ -188,19 +208,46 @@ def test_a_spike_of_the_loss_is_said_and_noted_and_training_goes_on(shards, tmp_
         # Two micro-batches a step.
         return language_modeling_loss(model, batch, num_targets) * (10 if next(calls) // 2 == 69 else 1)
 
-    settings = TrainSettings(**{**TOY, "shards": str(shards), "run_dir": str(run), "max_steps": 72})
-    tokenizer, train_set, eval_set = train_accelerate.prepare_data(settings)
-    model = train_accelerate.build_model(settings, tokenizer)
-    try:
-        train_accelerate.train(settings, model, tokenizer, train_set, eval_set, collate_blocks, spiking)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+    train_with(spiking, shards=shards, run_dir=run, max_steps=72)
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "loss_spike"] == [70]
     assert "step 70: the loss jumped to " in capsys.readouterr().out
     steps = [line for line in metrics_of(run) if "loss" in line]
     assert len(steps) == 72 and not any(line.get("skipped") for line in steps)
+
+
+def test_gradients_that_are_not_finite_end_the_run_naming_the_rows_of_the_step(shards, tmp_path):
+    """No micro-batch stands out then, and the message once named no data at all."""
+
+    def spoiled(model, batch, num_targets):
+        loss = language_modeling_loss(model, batch, num_targets)
+        loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    with pytest.raises(SettingsError) as caught:
+        train_with(spoiled, shards=shards, run_dir=tmp_path / "run", max_skipped_steps=3)
+    text = str(caught.value)
+    assert "The losses were finite" in text
+    assert "Step 3 read 8 rows from position 16 of the data's order: train-00000.arrow, documents " in text
+
+
+def test_a_run_that_goes_on_with_another_batch_reads_on_where_it_was(shards, tmp_path):
+    """The position was once the step times the batch of now: rows came twice, or never."""
+    read: list[torch.Tensor] = []
+
+    def collate(rows):
+        read.append(rows.input_ids)
+        return collate_blocks(rows)
+
+    settings = {"shards": shards, "run_dir": tmp_path / "run", "eval_every_steps": 100, "save_every_steps": 1}
+    settings |= {"seed": 3, "collate": collate}
+    train_with(**settings, max_minutes=1e-9)
+    del read[:]
+    state = train_with(**settings, batch_tokens=512, max_steps=2, allow_change=True)
+    blocks = TokenBlocks(shards, TOY["block_size"])
+    wanted = [blocks[index]["input_ids"] for index in permuted(np.arange(8, 24), len(blocks), 3)]
+    assert torch.equal(torch.cat(read[:4]), torch.stack(wanted))
+    assert state.rows == 8 + 16 and state.tokens == 256 + 512
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine's GPU may well have FP8")
@@ -337,6 +384,49 @@ def test_a_full_disk_during_export_is_said_and_loses_nothing(copy_of_finished, s
     assert files_below(copy_of_finished / "checkpoints") == before
     train_here(shards=shards, run_dir=copy_of_finished)
     assert (copy_of_finished / "export" / "model.safetensors").exists()
+
+
+def test_a_run_killed_between_its_two_exports_writes_both(shards, tmp_path, monkeypatch):
+    """The weights' export came first, said that the run was complete, and the average was never written."""
+    settings = {"shards": shards, "run_dir": tmp_path / "run", "max_steps": 2, "ema_decay": 0.5}
+    fail_at_call(monkeypatch, "export_model", 2)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(**settings)
+    monkeypatch.undo()
+    train_here(**settings)
+    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "export-ema" / "model.safetensors").exists()
+
+
+def test_a_prolonged_run_killed_before_its_export_does_not_pass_off_the_old_one(
+    copy_of_finished, shards, monkeypatch
+):
+    """It was complete by the export of its earlier end."""
+    longer = {"shards": shards, "run_dir": copy_of_finished, "max_steps": 14, "allow_change": "true"}
+    fail_at_call(monkeypatch, "export_model", 1)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(**longer)
+    monkeypatch.undo()
+    assert latest_checkpoint(copy_of_finished).name == "step-0000014"
+    train_here(**longer)
+    old, new = (
+        load_file(copy_of_finished / name / "model.safetensors") for name in ("export-previous-1", "export")
+    )
+    saved = load_file(latest_checkpoint(copy_of_finished) / "model.safetensors")
+    name = "transformer.h.0.attn.o_proj.weight"
+    assert torch.equal(new[name], saved[name]) and not torch.equal(old[name], saved[name])
+
+
+def fail_at_call(monkeypatch, name: str, number: int) -> None:
+    """The `number`th call of what the loop knows by `name` is interrupted, as by a kill."""
+    function, calls = getattr(train_accelerate, name), itertools.count(1)
+
+    def interrupted(*arguments, **named):
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return function(*arguments, **named)
+
+    monkeypatch.setattr(train_accelerate, name, interrupted)
 
 
 def test_a_second_run_in_the_same_directory_is_refused(copy_of_finished, shards):
@@ -488,19 +578,19 @@ def test_a_sharded_run_stops_resumes_and_ends_like_an_unsharded_one(finished, sh
 @pytest.mark.slow
 def test_two_machines_on_loopback_take_the_same_steps_as_one(finished, shards, tmp_path):
     run, port = tmp_path / "run", str(free_port())
-    machines = []
-    for rank in ("0", "1"):
-        launch = [
-            "--config_file",
-            str(CONFIGS / "multi_node.yaml"),
-            "--num_processes",
-            "2",
-            "--machine_rank",
-            rank,
-        ]
-        command = train_command(*launch, "--main_process_port", port, shards=shards, run_dir=run)
-        machines.append(subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True))
-    outputs = [machine.communicate(timeout=200)[0] for machine in machines]
+    launch = ["--config_file", str(CONFIGS / "multi_node.yaml"), "--num_processes", "2"]
+    launch += ["--main_process_port", port, "--machine_rank"]
+    machines = [
+        subprocess.Popen(
+            train_command(*launch, rank, shards=shards, run_dir=run),
+            env=environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    with ended(machines):
+        outputs = [machine.communicate(timeout=200)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0]
     assert "2 processes (MULTI_CPU)" in outputs[0] and outputs[1] == ""
     for one, other in zip(metrics_of(finished), metrics_of(run), strict=True):

@@ -1,5 +1,6 @@
 """The parts of a step, each alone: rate, decay, counting, the guard."""
 
+import json
 import math
 from itertools import pairwise
 
@@ -11,11 +12,18 @@ from accelerate.tracking import GeneralTracker
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from training import objective
+from training.budget import RunLength
+from training.checkpoint import TrainState
 from training.guard import SPIKE_WINDOW_STEPS, SpikeWatch, StepGuard
-from training.objective import count_targets, language_modeling_loss
+from training.journal import Journal
+from training.objective import count_targets, language_modeling_loss, send, to_device
 from training.optimizer import build_optimizer
 from training.recipe import TrainSettings
+from training.run_directory import RunDirectory
 from training.schedule import learning_rate_at
+from training.start import _align
+from training.throughput import describe_machine
 from training.trackers import Trackers
 
 
@@ -112,6 +120,75 @@ def test_a_non_finite_step_leaves_weights_moments_and_counts_alone(accelerator, 
     assert step(spoil=False) == 0.0
     assert not torch.equal(before[0], model.weight)
     assert guard.read() == (2, 0)
+
+
+@pytest.mark.parametrize("where", ["loss", "norm"])
+def test_fp16_skips_what_only_the_loss_or_the_norm_shows(accelerator, where):
+    """The scaler looks at gradients alone, and under FSDP2 at this process's: the step was counted as skipped
+    and taken. A CPU has the scaler too.
+    """
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model = nn.Linear(3, 2)
+    optimizer = accelerator.prepare(build_optimizer(model, TrainSettings()))
+    guard = StepGuard(accelerator.device)
+
+    def step(loss: float, norm: float) -> None:
+        accelerator.scaler.scale(model(torch.ones(1, 3)).square().sum()).backward()
+        accelerator.scaler.unscale_(optimizer.optimizer)
+        guard.check(optimizer, torch.tensor(loss), torch.tensor(norm))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(1.0, 1.0)
+    before = model.weight.detach().clone()
+    step(*((math.inf, 1.0) if where == "loss" else (1.0, math.inf)))
+    assert torch.equal(before, model.weight) and guard.read() == (1, 1)
+    assert accelerator.scaler.get_scale() == 512.0
+    step(1.0, 1.0)
+    assert not torch.equal(before, model.weight) and guard.read() == (1, 0)
+
+
+def test_tokens_are_counted_exactly_beside_a_loss_of_few_digits(accelerator, tmp_path):
+    """They were once cast to the loss's type: 12,345 in bfloat16 is 12,352, and the error added up."""
+    settings = TrainSettings(run_dir=str(tmp_path))
+    run = RunDirectory(accelerator, tmp_path, settings, "", allow_change=False)
+    machine = describe_machine(accelerator, settings, toy_gpt2())
+    state = TrainState(nn.Linear(1, 1), None)
+    guard, length = StepGuard(accelerator.device), RunLength(accelerator, tmp_path, settings, machine, state)
+    journal = Journal(accelerator, run, guard, state, settings, lambda first, rows: "", machine, length)
+    loss, tokens = torch.tensor(2.875, dtype=torch.bfloat16), torch.tensor(2**24 + 1)
+    for state.step in (1, 2):
+        journal.add(state, 0.1, loss, torch.tensor(1.0), torch.tensor(0.0), tokens, loss[None])
+    journal.flush(state)
+    journal.close()
+    assert state.tokens == 2 * (2**24 + 1)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["loss"], line["tokens"]) for line in lines] == [(2.875, 2**24 + 1), (2.875, 2**25 + 2)]
+
+
+def test_a_tensor_under_two_names_is_sent_once(monkeypatch):
+    """As labels that nobody masked are the inputs."""
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(objective, "send", lambda tensor, device: sent.append(tensor) or send(tensor, device))
+    input_ids, mask = torch.ones(2, 3, dtype=torch.int64), torch.zeros(2, 3)
+    batch = {"input_ids": input_ids, "labels": input_ids, "attention_mask": mask}
+    there = to_device(batch, torch.device("meta"))
+    assert len(sent) == 2 and there["input_ids"] is there["labels"] is not there["attention_mask"]
+    assert list(there) == list(batch) and all(tensor.is_meta for tensor in there.values())
+
+
+@pytest.mark.parametrize(
+    ("rows_before", "batch_tokens", "rows_after"), [(0, 256, 24), (24, 256, 24), (24, 512, 24), (25, 512, 28)]
+)
+def test_the_data_goes_on_at_the_next_whole_micro_batch(
+    accelerator, capsys, rows_before, batch_tokens, rows_after
+):
+    """Where another batch was read before; a checkpoint that has not counted rows has read its batches."""
+    settings = TrainSettings(block_size=32, micro_batch_size=4, batch_tokens=batch_tokens)
+    state = TrainState(nn.Linear(1, 1), None, step=3, rows=rows_before)
+    _align(accelerator, settings, state)
+    assert state.rows == rows_after
+    assert ("the data goes on 3 rows further" in capsys.readouterr().out) == (rows_before == 25)
 
 
 def test_a_spike_is_far_above_the_last_losses_and_does_not_hide_the_next():

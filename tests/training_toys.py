@@ -1,13 +1,17 @@
 """A corpus of a few thousand tokens and a model of two narrow blocks, for tests that train for real."""
 
+import itertools
 import json
 import os
 import random
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 from accelerate.state import AcceleratorState, GradientState
 
 import train_accelerate
@@ -85,16 +89,40 @@ def train_command(*launch: str, script: Path = ROOT / "train_accelerate.py", **s
 
 def run_training(*launch: str, check: bool = True, **settings) -> subprocess.CompletedProcess[str]:
     """Train in a process of its own, outside the repository's folder."""
-    done = subprocess.run(
-        train_command(*launch, **settings),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=Path(settings["run_dir"]).parent,
-    )
+    done = run_to_its_end(train_command(*launch, **settings), cwd=Path(settings["run_dir"]).parent)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def run_to_its_end(
+    command: Sequence[str], *, env: dict[str, str] | None = None, cwd: Path = ROOT, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """What `subprocess.run` does, but that nothing it started goes on after it, however it ends."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=env or environment(), cwd=cwd, **pipes)
+    with ended([process]):
+        stdout, stderr = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+@contextmanager
+def ended(processes: Sequence[subprocess.Popen]) -> Iterator[None]:
+    """On leaving, kill what still runs of these processes and of all that they have started."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            kill_family(process.pid)
+            process.wait()
+
+
+def kill_family(pid: int) -> None:
+    """A launcher's own children are in sessions of their own: they are found by whose children they are."""
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for process in [*parent.children(recursive=True), parent]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def train_here(**settings) -> None:
@@ -111,11 +139,18 @@ def train_flags_here(flags: list[str]) -> None:
         GradientState._reset_state()
 
 
+# Below what systems hand out by themselves (32768 and up on Linux, 49152 elsewhere): between the look and the
+# use nobody gets one of these by chance. Test processes beside this one begin elsewhere.
+PORTS = itertools.count(os.getpid() * 37)
+
+
 def free_port() -> int:
     """A TCP port on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    while True:
+        port = 10_000 + next(PORTS) % 20_000
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def metrics_of(run_dir: Path) -> list[dict]:

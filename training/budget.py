@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from training.checkpoint import TrainState
-from training.files import replace_file
+from training.files import explain_write_error, replace_file
 from training.interruption import STARTED
 from training.recipe import TrainSettings
 from training.settings import SettingsError
@@ -101,7 +101,10 @@ class RunLength:
         self._fits = stage
         if self._accelerator.is_main_process:
             record = {"max_steps": length, "fits": self._fits, "step": state.step, "budgets": self._budgets}
-            replace_file(self._file, json.dumps(record).encode())
+            try:
+                replace_file(self._file, json.dumps(record).encode())
+            except OSError as error:  # no reason to end: a later start would fit anew
+                text += " " + explain_write_error(error, "The run's length", self._file.parent)
         return text
 
     def _set(self, max_steps: int) -> None:

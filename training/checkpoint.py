@@ -47,7 +47,6 @@ RANDOM_STATE_FILE = "random_states.safetensors"
 PROGRESS_FILE = "training_state.json"
 FORMAT_VERSION = 1
 FAILED_SAVES_THAT_END_A_RUN = 3
-
 STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -59,14 +58,16 @@ class NonFiniteWeightsError(ValueError):
 class TrainState:
     """All that a step changes, and the small files that make a checkpoint loadable on its own.
 
-    `tokens` are those consumed; `validation_loss` is that of `validation_step`, nats/token, NaN before the
-    first one. `companions` are further files of each checkpoint by name: config, tokenizer, settings.
+    `tokens` are those consumed, `rows` those of the data's order that were read; `validation_loss` is that of
+    `validation_step`, nats/token, NaN before the first. `companions` are further files of each checkpoint by
+    name: config, tokenizer, settings.
     """
 
     model: nn.Module
     optimizer: Any
     step: int = 0
     tokens: int = 0
+    rows: int = 0
     elapsed_seconds: float = 0.0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
@@ -77,7 +78,7 @@ class TrainState:
 
     def progress(self) -> dict[str, int | float | str]:
         """The plain numbers, for JSON."""
-        names = ("step", "tokens", "elapsed_seconds", "skipped_steps", "skipped_in_a_row")
+        names = ("step", "tokens", "rows", "elapsed_seconds", "skipped_steps", "skipped_in_a_row")
         numbers: dict[str, int | float | str] = {name: getattr(self, name) for name in names}
         if self.validation_step >= 0:
             numbers |= {"validation_loss": self.validation_loss, "validation_step": self.validation_step}
@@ -112,19 +113,22 @@ class BackgroundWriter:
         self._is_hopeless = False
 
     def snapshot(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies in host memory. Call only after `settle`: the last snapshot's buffers are used again."""
+        """Whole copies in host memory. Call only after `settle`: the last snapshot's buffers are used again.
+
+        Sharded tensors are gathered one after the other, so that a GPU holds no second model.
+        """
         copies = {}
-        for name, tensor in tensors.items():
+        is_on_gpu = any(tensor.is_cuda for tensor in tensors.values())
+        for name, sharded in tensors.items():
+            tensor = whole(sharded)
             buffer = self._buffers.get(name)
             if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
                 # Pinned memory takes a GPU's copies at the full speed of the bus, all in flight at once.
-                buffer = torch.empty(
-                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"
-                )
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 self._buffers[name] = buffer
             # Only CUDA is waited for below: from other devices the bytes might come after the return.
-            copies[name] = buffer.copy_(tensor, non_blocking=tensor.device.type == "cuda")
-        if torch.cuda.is_available():
+            copies[name] = buffer.copy_(tensor, non_blocking=tensor.is_cuda)
+        if is_on_gpu:
             torch.cuda.synchronize()
         return copies
 
@@ -208,7 +212,7 @@ def save_checkpoint(
     if accelerator.is_main_process:
         if writer is not None:
             writer.settle()
-            copies = writer.snapshot({name: whole(tensor) for name, tensor in tensors.items()})
+            copies = writer.snapshot(tensors)
         else:
             copies = {name: whole(tensor).cpu() for name, tensor in tensors.items()}
         progress = state.progress() | {
@@ -247,9 +251,8 @@ def _write(
     try:
         temporary.mkdir()
         listing = {name: write_file(temporary / name, [content]) for name, content in companions.items()}
-        listing[PROGRESS_FILE] = write_file(
-            temporary / PROGRESS_FILE, [json.dumps(progress, indent=1).encode()]
-        )
+        progress_text = json.dumps(progress, indent=1).encode()
+        listing[PROGRESS_FILE] = write_file(temporary / PROGRESS_FILE, [progress_text])
         for file, part in ((WEIGHTS_FILE, "weights/"), (OPTIMIZER_FILE, "optimizer/")):
             chosen = {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}
             listing[file] = write_safetensors(temporary / file, chosen)
@@ -388,8 +391,7 @@ def restore_checkpoint(accelerator: Accelerator, folder: Path, state: TrainState
     except ValueError as error:
         raise SettingsError(
             f"{folder} does not fit the model of these settings: {error}. Give the model's settings as "
-            f"{folder / 'settings.yaml'} has them, with --allow_change because the run directory has taken "
-            "note of others by now, or another --run_dir to start a new run."
+            f"{folder / 'settings.yaml'} has them, or another --run_dir to start a new run."
         ) from error
     if accelerator.scaler is not None and progress["scaler"] is not None:
         accelerator.scaler.load_state_dict(progress["scaler"])

@@ -19,6 +19,7 @@ from torch import nn
 
 from training.recipe import TrainSettings
 from training.settings import SettingsError
+from training.sharding import is_sharding_asked_for, sharding_plugin
 from training.trackers import check_trackers
 
 # Below this, compiling on a CPU (about a minute) costs more than it brings.
@@ -105,6 +106,7 @@ def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, str]:
         log_with=list(settings.log_with) or None,
         project_dir=settings.run_dir,
         dynamo_plugin=dynamo,
+        fsdp_plugin=sharding_plugin(precision.value),
         step_scheduler_with_optimizer=False,
         kwargs_handlers=handlers,
     )
@@ -120,7 +122,7 @@ def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, str]:
             "\n`accelerate launch --cpu` was asked for several processes and started one; "
             "`--config_file accelerate_configs/ddp.yaml --num_processes N` starts N, on the CPU too."
         )
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type.value != "FSDP":
+    if is_sharding_asked_for() and accelerator.distributed_type.value != "FSDP":
         line += (
             "\nFSDP was asked for, but Accelerate shards nothing on this device: training is data parallel."
         )
@@ -190,25 +192,46 @@ def computes_in_fp8(module: nn.Module, name: str) -> bool:
 
 
 def choose_compilation(device: torch.device, settings: TrainSettings) -> Choice:
-    """`none`, `whole` or `regional`."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or shutil.which("c++")
+    """`none`, `whole` or `regional`.
+
+    FSDP2 is compiled block by block. Compiled whole, Accelerate would hang the gathering of weights onto
+    torch.compile's wrapper, and whoever calls the model inside it, as sampling does, would find them sharded.
+    """
+    if settings.compile == "none":
+        return Choice("none", "as asked")
+    if missing := _missing_compiler(device):
+        asked = "" if settings.compile == "auto" else "it was asked for, but "
+        return Choice("none", f"{asked}{missing}")
     if settings.compile != "auto":
-        if settings.compile != "none" and compiler is None:
-            return Choice("none", "it was asked for, but this machine has no C compiler")
+        if settings.compile == "whole" and is_sharding_asked_for():
+            return Choice("regional", "FSDP2 is compiled block by block, not whole as asked")
         return Choice(settings.compile, "as asked")
     if device.type == "cuda":
-        if compiler is None:
-            return Choice("none", "this machine has no C compiler")
+        if is_sharding_asked_for():
+            return Choice("regional", "it pays on GPUs, and FSDP2 works block by block")
         return Choice("whole", "it pays on GPUs")
     if device.type == "cpu":
         parameters = 12 * settings.n_layer * settings.n_embd**2
-        if (
-            compiler is not None
-            and 6 * parameters * settings.batch_tokens * settings.max_steps > CPU_COMPILE_MINIMUM_FLOPS
-        ):
+        if 6 * parameters * settings.batch_tokens * settings.max_steps > CPU_COMPILE_MINIMUM_FLOPS:
             return Choice("whole", "a long run earns the minute of compilation")
         return Choice("none", "a short run on a CPU does not earn back the compilation")
     return Choice("none", f"not tried on {device.type}")
+
+
+def _missing_compiler(device: torch.device) -> str:
+    """What torch.compile would call on this device and not find, in words; empty if it is there."""
+    if device.type == "cuda":  # Triton's launchers are C
+        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+        kind = "C"
+    elif device.type == "cpu":  # kernels are C++
+        usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        names = [os.environ.get("CXX", usual)]
+        kind = "C++"
+    else:
+        return ""
+    if any(map(shutil.which, names)):
+        return ""
+    return f"this machine has no {kind} compiler ({' or '.join(names)})"
 
 
 def cpu_has_bfloat16() -> bool:

@@ -18,6 +18,9 @@ from training.files import explain_write_error, flush_folder, flush_tree
 from training.settings import SettingsError
 from training.weights import bare_model, is_adapted, named_weights, whole
 
+# In a run directory. The export comes last of all that a run writes: where it is, the run is complete.
+EXPORT_FOLDER, AVERAGED_EXPORT_FOLDER = "export", "export-ema"
+
 
 def pretrained_companions(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     """Every file but the weights that `from_pretrained` wants, by name: config, code, tokenizer.
@@ -101,10 +104,7 @@ def export_model(
                 path.chmod(0o644)
         flush_tree(temporary)
         if out_dir.exists():
-            number = 1
-            while (previous := out_dir.with_name(f"{out_dir.name}-previous-{number}")).exists():
-                number += 1
-            out_dir.rename(previous)
+            set_aside(out_dir)
         temporary.rename(out_dir)
         flush_folder(out_dir.parent)
     except Exception as error:
@@ -114,6 +114,15 @@ def export_model(
         if cause is None:
             raise
         raise SettingsError(explain_write_error(cause, "The export", out_dir)) from error
+
+
+def set_aside(out_dir: Path) -> Path:
+    """Rename an export to "export-previous-1", or the next that is free; returns that."""
+    number = 1
+    while (previous := out_dir.with_name(f"{out_dir.name}-previous-{number}")).exists():
+        number += 1
+    out_dir.rename(previous)
+    return previous
 
 
 def ready_for_batches(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

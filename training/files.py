@@ -68,11 +68,16 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, in
 
 def replace_file(path: Path, content: bytes) -> None:
     """Put `content` at `path` in one motion: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     temporary.unlink(missing_ok=True)
     write_file(temporary, [content])
     os.replace(temporary, path)
     flush_folder(path.parent)
+
+
+def temporary_name(name: str) -> str:
+    """What a file is called while `replace_file` writes it."""
+    return f".{name}.tmp"
 
 
 def flush_folder(folder: Path) -> None:

@@ -42,8 +42,12 @@ class StepGuard:
         if not self._device_skips:
             if is_bad.item():
                 optimizer.optimizer.zero_grad()  # without gradients a step changes nothing
-        elif optimizer.scaler is None:  # a GradScaler sets the flag itself
+        elif optimizer.scaler is None:
             optimizer.optimizer.found_inf = is_bad
+        else:
+            # A GradScaler sets the flag itself, from what clipping has let it see: this process's gradients.
+            for found_inf in optimizer.scaler._found_inf_per_device(optimizer.optimizer).values():
+                found_inf.copy_(torch.maximum(found_inf, is_bad))
         return is_bad
 
     def read(self) -> tuple[int, int]:

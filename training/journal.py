@@ -25,18 +25,22 @@ from training.settings import SettingsError, plain_settings
 from training.throughput import Machine, Progress, Stopwatch, in_words
 from training.trackers import Trackers
 
+# Of a step whose data is suspected; a batch of GPT-2 has hundreds.
+ROWS_NAMED = 16
+
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step. `numbers`, float32 (4 + micro-batches of this process,), are still on the device.
+    """One step, its tensors still on the device.
 
-    They are the loss, the gradient norm, 1 if the update was skipped, the step's tokens over all processes,
-    and each micro-batch's share of the loss.
+    `numbers`, float32 (3 + micro-batches of this process,), are the loss, the gradient norm, 1 if the update
+    was skipped, and each micro-batch's share of the loss; `tokens`, int64 (), those of all processes.
     """
 
     step: int
     learning_rate: float
     numbers: Tensor
+    tokens: Tensor
 
 
 class Journal:
@@ -106,8 +110,8 @@ class Journal:
 
         Nothing waits for the tensors, 0-d but for `shares`.
         """
-        numbers = torch.cat([torch.stack([loss, gradient_norm, is_skipped, tokens.to(loss.dtype)]), shares])
-        self._records.append(StepRecord(state.step, learning_rate, numbers))
+        numbers = torch.stack([loss.float(), gradient_norm.float(), is_skipped, *shares.float()])
+        self._records.append(StepRecord(state.step, learning_rate, numbers, tokens))
 
     def flush(self, state: TrainState) -> None:
         """Write the metrics of all steps since the last flush, and bring `state`'s counts up to date.
@@ -124,16 +128,19 @@ class Journal:
         if not self._records:
             return None
         records, self._records = self._records, []
-        self._mark("training")
         numbers = torch.stack([record.numbers for record in records]).tolist()
-        speed = self._stopwatch.tokens_per_second(int(sum(row[3] for row in numbers)))
+        tokens_of_steps = torch.stack([record.tokens for record in records]).tolist()
+        self._mark("training")  # after the wait: until here the device was busy with these steps
+        speed = self._stopwatch.tokens_per_second(sum(tokens_of_steps))
         state.elapsed_seconds = self._elapsed_before + time.monotonic() - self._began
         state.skipped_steps, state.skipped_in_a_row = self._guard.read()
         mfu, spend = self._machine.mfu(speed), self._machine.spend_usd(state.elapsed_seconds)
         costs = {"spend_usd": round(spend, 4)} if spend else {}
         lines = []
-        for record, (loss, gradient_norm, is_skipped, tokens, *_) in zip(records, numbers, strict=True):
-            state.tokens += int(tokens)
+        for record, tokens, (loss, gradient_norm, is_skipped, *_) in zip(
+            records, tokens_of_steps, numbers, strict=True
+        ):
+            state.tokens += tokens
             line = {
                 "step": record.step,
                 "tokens": state.tokens,
@@ -168,23 +175,31 @@ class Journal:
         ]
         self._progress.show(state.step, max_steps, ", ".join(parts))
         self._stopwatch.restart()
-        return records[-1].step, numbers[-1][4:]
+        return records[-1].step, numbers[-1][3:]
 
     def _diverged(self, state: TrainState, last_step: int, shares: list[float]) -> str:
         """The message that ends a run whose steps are not finite. Every process calls this."""
         rank, world_size = self._accelerator.process_index, self._accelerator.num_processes
         rows = self._settings.micro_batch_size
-        first_micro_batch = (last_step - 1) * len(shares) * world_size
+        rows_of_step = rows * len(shares) * world_size
+        first_row = state.rows - rows_of_step
         mine = [
-            first_micro_batch + number * world_size + rank
+            first_row + (number * world_size + rank) * rows
             for number, share in enumerate(shares)
             if not math.isfinite(share)
         ]
         bad = sorted(gather_object(mine)) if world_size > 1 else mine
-        where = "The losses were finite: it was the gradients that were not."
         if bad:
-            rows_in_words = self._describe_rows(bad[0] * rows, rows)
+            rows_in_words = self._describe_rows(bad[0], rows)
             where = f"The first bad micro-batch of step {last_step:,} is {rows_in_words}."
+        else:
+            named = min(rows_of_step, ROWS_NAMED)
+            others = f", and {rows_of_step - named:,} more" if rows_of_step > named else ""
+            where = (
+                f"The losses were finite: it was the gradients that were not. Step {last_step:,} read "
+                f"{rows_of_step:,} rows from position {first_row:,} of the data's order: "
+                f"{self._describe_rows(first_row, named)}{others}."
+            )
         return (
             f"loss or gradients were not finite in {state.skipped_in_a_row} steps in a row, the last being "
             f"step {last_step:,}; none of them changed the weights. {where} The same command goes on "
@@ -280,5 +295,6 @@ class Journal:
         """Write what is left when an error ends the run, leave the bar as it is, and let trackers finish."""
         with suppress(Exception):  # a device that failed gives no numbers: its own error is the one to show
             self._write(self._state)
+        self._run.close()
         self._trackers.close()
         self._progress.close()

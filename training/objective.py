@@ -23,7 +23,8 @@ def count_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     """Tokens that are read, without padding; a 0-d int64 tensor. Without a mask every position is one."""
     input_ids = batch["input_ids"]
     mask = batch.get("attention_mask")
-    return mask.sum() if mask is not None else torch.tensor(input_ids.numel(), device=input_ids.device)
+    # Not torch.tensor(number): where that is to be on a GPU, the host waits for the copy.
+    return mask.sum() if mask is not None else torch.full((), input_ids.numel(), device=input_ids.device)
 
 
 def language_modeling_loss(model: nn.Module, batch: Mapping[str, Tensor], num_targets: Tensor) -> Tensor:
@@ -57,8 +58,21 @@ def _divides_by(model: nn.Module, argument: str) -> bool:
 
 
 def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The batch on the device.
+    """The batch on the device. A tensor under two names, as labels often are, is sent once."""
+    sent: dict[int, Tensor] = {}
+    for tensor in batch.values():
+        if id(tensor) not in sent:
+            sent[id(tensor)] = send(tensor, device)
+    return {name: sent[id(tensor)] for name, tensor in batch.items()}
 
-    From pinned memory the copy overlaps with what the device is still computing.
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device.
+
+    A GPU fetches from pinned memory while it computes and the host goes on; for other memory the host waits
+    until the GPU has done all that came before.
     """
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    # torch keeps the pinned copy until it is fetched, and then for the next batch.
+    return tensor.pin_memory().to(device, non_blocking=True)

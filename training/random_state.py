@@ -14,8 +14,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 
-def own_random_state() -> dict[str, Tensor]:
-    """This process's random states by kind."""
+def own_random_state(device: torch.device) -> dict[str, Tensor]:
+    """This process's random states by kind; of accelerators that of `device`, for others are not touched."""
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
     states = {
@@ -26,16 +26,17 @@ def own_random_state() -> dict[str, Tensor]:
         "numpy_gauss": torch.tensor(cached, dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    elif torch.backends.mps.is_available():
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
         states["mps"] = torch.mps.get_rng_state()
     return states
 
 
 def all_random_states(accelerator: Accelerator) -> dict[str, Tensor]:
     """Those of all processes, as "00003/torch". Every process calls this."""
-    own = [{f"{accelerator.process_index:05d}/{kind}": state for kind, state in own_random_state().items()}]
+    states_here = own_random_state(accelerator.device)
+    own = [{f"{accelerator.process_index:05d}/{kind}": state for kind, state in states_here.items()}]
     everyone: list[Any] = gather_object(own) if accelerator.num_processes > 1 else own
     return {name: state for states in everyone for name, state in states.items()}
 
@@ -51,7 +52,8 @@ def restore_random_state(saved: Mapping[str, Tensor], accelerator: Accelerator) 
     cached = states["numpy_gauss"].item()
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-    if "mps" in states and torch.backends.mps.is_available():
+    device = accelerator.device
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+    if "mps" in states and device.type == "mps":
         torch.mps.set_rng_state(states["mps"])

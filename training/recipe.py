@@ -95,7 +95,7 @@ class TrainSettings:
     # Precision and speed
     mixed_precision: str = setting(
         "auto",
-        "arithmetic of the forward; weights stay float32",
+        "arithmetic of the forward; weights stay float32, whose products are TF32 on NVIDIA's GPUs",
         choices=("auto", "no", "bf16", "fp16", "fp8"),
     )
     compile: str = setting(

@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
-from training.files import explain_write_error, replace_file
+from training.files import explain_write_error, replace_file, temporary_name
 from training.settings import SettingsError, changed_settings, settings_as_yaml
 
 try:
@@ -30,38 +30,48 @@ METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 LOCK_FILE = ".lock"
+# All that is there when a start was cut short. They are written in this order: the settings make it a run.
+OF_A_START = {LOCK_FILE, temporary_name(DATA_FILE), DATA_FILE, temporary_name(SETTINGS_FILE), SETTINGS_FILE}
 # How some network file systems say that they have no locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
+T = TypeVar("T")
+
 
 def on_main_process(
-    accelerator: Accelerator | PartialState, work: Callable[[], object], patience: timedelta | None = None
-) -> None:
-    """Do `work` on the main process while the others wait; its failure is everyone's.
+    accelerator: Accelerator | PartialState, work: Callable[[], T], patience: timedelta | None = None
+) -> T:
+    """What `work` returns, done on the main process while the others wait; its failure is everyone's.
 
     Work that may take longer than collectives do, ten minutes on GPUs, needs a `patience` of its own.
 
     Raises:
-        SettingsError: on every process, with the message of the one that it raised.
+        SettingsError: on every process, with the message of the one that it raised; on the others also after
+            any other error, which the main process raises as it is.
     """
-    problem = [""]
+    answer: list[Any] = ["", None]  # what went wrong, what came out
     group = None
     if patience is not None and torch.distributed.is_initialized():
         # A group of its own: a long timeout for all collectives would have a training whose network hangs
         # wait as long, on every GPU.
         group = torch.distributed.new_group(backend="gloo", timeout=patience)
-    if accelerator.is_main_process:
-        try:
-            work()
-        except SettingsError as error:
-            problem = [str(error)]
-    if group is not None:
-        torch.distributed.broadcast_object_list(problem, src=0, group=group, device=torch.device("cpu"))
-        torch.distributed.destroy_process_group(group)
-    else:
-        broadcast_object_list(problem)
-    if problem[0]:
-        raise SettingsError(problem[0])
+    try:
+        if accelerator.is_main_process:
+            answer[1] = work()
+    except BaseException as error:
+        is_ours = isinstance(error, SettingsError)
+        answer[0] = str(error) if is_ours else f"the main process failed: {error!r}"
+        raise
+    finally:  # also then: nobody is to wait for an answer that never comes
+        if group is not None:
+            torch.distributed.broadcast_object_list(answer, src=0, group=group, device=torch.device("cpu"))
+            torch.distributed.destroy_process_group(group)
+        else:
+            broadcast_object_list(answer)
+    problem, result = answer
+    if problem:
+        raise SettingsError(problem)
+    return result
 
 
 def data_fingerprint(train_set: Any) -> str:
@@ -131,47 +141,62 @@ class RunDirectory:
         allow_change: bool,
         receipt: dict[str, Any] | None = None,
     ):
-        """Create the folder, or take the one of the same run up again.
+        """Create the folder, or take the one of the same run up again, without changing what it holds.
 
         Raises:
             SettingsError: if it cannot be written, another process is using it, it holds something else, or
-            it is of
-                a run with other settings or data (each named), unless `allow_change`.
+                it is of a run with other settings or data (each named), unless `allow_change`.
         """
-        self.path, self._receipt = path, receipt or {}
-        self._is_main = accelerator.is_main_process
+        self.path, self._accelerator, self._is_main = path, accelerator, accelerator.is_main_process
+        self._settings, self._data = settings, {"data_fingerprint": data_fingerprint, **(receipt or {})}
         self._unwritten: dict[str, str] = {}  # by file
-        on_main_process(accelerator, lambda: self._open_or_explain(settings, data_fingerprint, allow_change))
+        self._on_main_process(lambda: self._open(allow_change))
 
-    def _open_or_explain(self, settings: Any, data_fingerprint: str, allow_change: bool) -> None:
-        try:
-            self._open(settings, data_fingerprint, allow_change)
-        except OSError as error:
-            raise SettingsError(explain_write_error(error, "The run directory", self.path)) from error
+    def begin(self, last_step: int) -> None:
+        """Take note of settings and data; forget metrics and samples of steps after `last_step`, which come
+        again, and a line that a crash cut off.
 
-    def _open(self, settings: Any, data_fingerprint: str, allow_change: bool) -> None:
+        Raises:
+            SettingsError: if it cannot be written.
+        """
+        self._on_main_process(lambda: self._begin(last_step))
+
+    def _on_main_process(self, work: Callable[[], None]) -> None:
+        def work_or_explain() -> None:
+            try:
+                work()
+            except OSError as error:
+                raise SettingsError(explain_write_error(error, "The run directory", self.path)) from error
+
+        on_main_process(self._accelerator, work_or_explain)
+
+    def _open(self, allow_change: bool) -> None:
         path = self.path
         if path.exists() and not path.is_dir():
             raise SettingsError(f"--run_dir {path} is a file; choose a folder")
-        is_ours = (path / SETTINGS_FILE).exists()
-        if path.exists() and not is_ours and any(entry.name != LOCK_FILE for entry in path.iterdir()):
+        names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+        is_new = names <= OF_A_START
+        is_ours = SETTINGS_FILE in names
+        if not is_ours and not (is_new and (DATA_FILE not in names or self._recorded_data())):
             raise SettingsError(
                 f"--run_dir {path} holds files but no {SETTINGS_FILE}, so it is no run's; choose another"
             )
         path.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
-        if is_ours:
-            problems = self._changes(settings, data_fingerprint)
-            if problems and not allow_change:
-                changes = "\n".join(f"  - {problem}" for problem in problems)
-                raise SettingsError(
-                    f"{path} is a run with other settings:\n{changes}\n"
-                    "Give the old values to continue it, --allow_change to continue it with the new ones, or "
-                    "another --run_dir to start a new run."
-                )
-        replace_file(path / SETTINGS_FILE, settings_as_yaml(settings).encode())
-        data = {"data_fingerprint": data_fingerprint, **self._receipt}
-        replace_file(path / DATA_FILE, json.dumps(data).encode())
+        problems = self._changes(is_new) if is_ours else []
+        if problems and not allow_change:
+            changes = "\n".join(f"  - {problem}" for problem in problems)
+            raise SettingsError(
+                f"{path} is a run with other settings:\n{changes}\n"
+                "Give the old values to continue it, --allow_change to continue it with the new ones, or "
+                "another --run_dir to start a new run."
+            )
+
+    def _begin(self, last_step: int) -> None:
+        replace_file(self.path / DATA_FILE, json.dumps(self._data).encode())
+        replace_file(self.path / SETTINGS_FILE, settings_as_yaml(self._settings).encode())
+        for name in (METRICS_FILE, SAMPLES_FILE):
+            _forget_after(self.path / name, last_step)
 
     def _take_lock(self) -> Any:
         """The kernel lets go of it when this process ends, however it ends."""
@@ -198,37 +223,27 @@ class RunDirectory:
         lock.flush()
         return lock
 
-    def _changes(self, settings: Any, data_fingerprint: str) -> list[str]:
+    def _recorded_data(self) -> str:
+        """The fingerprint of the data that the run was started with, empty where there is none of ours."""
         try:
-            recorded = yaml.safe_load((self.path / SETTINGS_FILE).read_text(encoding="utf-8"))
-            recorded_data = json.loads((self.path / DATA_FILE).read_text())["data_fingerprint"]
-            problems = changed_settings(settings, recorded)
+            return str(json.loads((self.path / DATA_FILE).read_text(encoding="utf-8"))["data_fingerprint"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    def _changes(self, is_new: bool) -> list[str]:
+        """What differs from the settings and the data of then; `is_new`: nothing was done with those yet."""
+        try:
+            text = (self.path / SETTINGS_FILE).read_text(encoding="utf-8")
+            problems = changed_settings(self._settings, yaml.safe_load(text))
         except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
             return [f"what it was started with cannot be read ({type(error).__name__}: {error})"]
-        if recorded_data != data_fingerprint:
-            problems.append(
-                f"training data: {recorded_data[:12]} then, {data_fingerprint[:12]} now (hash of the shards)"
-            )
+        then, now = self._recorded_data(), self._data["data_fingerprint"]
+        if not then and is_new and text == settings_as_yaml(self._settings):
+            return []  # an earlier version wrote the settings first, and was cut short
+        if then != now:
+            was = then[:12] if then else f"unknown, for {DATA_FILE} cannot be read,"
+            problems.append(f"training data: {was} then, {now[:12]} now (hash of the shards)")
         return problems
-
-    def continue_metrics(self, last_step: int) -> None:
-        """Forget metrics and samples of later steps, which come again, and a line that a crash cut off."""
-        for name in (METRICS_FILE, SAMPLES_FILE):
-            self._forget_after(self.path / name, last_step)
-
-    def _forget_after(self, path: Path, last_step: int) -> None:
-        if not self._is_main or not path.exists():
-            return
-        kept = []
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        for line in lines:
-            try:
-                if json.loads(line)["step"] <= last_step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                pass  # cut off in the middle: its step comes again
-        if len(kept) != len(lines):
-            replace_file(path, "".join(line + "\n" for line in kept).encode())
 
     def append_metrics(self, lines: list[dict[str, Any]]) -> None:
         """One JSON object per line; a number that is not finite is null, which JSON can say."""
@@ -247,12 +262,13 @@ class RunDirectory:
 
     def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
         """What finds no room on the disk is kept, and written before the next lines of the same file."""
-        if not self._is_main:
-            return
+        if self._is_main:
+            finite = [{key: _finite(value) for key, value in line.items()} for line in lines]
+            self._write(name, "".join(json.dumps(line, allow_nan=False) + "\n" for line in finite))
+
+    def _write(self, name: str, text: str) -> None:
         is_first_failure = not self._unwritten
-        text = self._unwritten.pop(name, "") + "".join(
-            json.dumps({k: _finite(v) for k, v in line.items()}, allow_nan=False) + "\n" for line in lines
-        )
+        text = self._unwritten.pop(name, "") + text
         path = self.path / name
         size = path.stat().st_size if path.exists() else 0
         try:
@@ -264,6 +280,29 @@ class RunDirectory:
             self._unwritten[name] = text
             if path.exists():
                 os.truncate(path, size)  # a part of a line may have found room
+
+    def close(self) -> None:
+        """Write what has found no room so far; what still finds none is said to be lost."""
+        for name in list(self._unwritten):
+            self._write(name, "")
+        for name, text in self._unwritten.items():
+            lines = text.count("\n")
+            print(f"{lines:,} lines of {self.path / name} found no room until the end, and are lost.")
+
+
+def _forget_after(path: Path, last_step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            pass  # cut off in the middle: its step comes again
+    if len(kept) != len(lines):
+        replace_file(path, "".join(line + "\n" for line in kept).encode())
 
 
 def _finite(value: Any) -> Any:

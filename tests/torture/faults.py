@@ -76,9 +76,13 @@ def run(settings: dict, *fault: object, processes: int = 1) -> Outcome:
         variables = {name: str(value) for name, value in world.items()} if processes > 1 else {}
         children.append(PROCESSES.Process(target=train, args=(settings, fault, variables, str(log))))
         children[-1].start()
-    for child in children:
-        child.join(120)
-        assert child.exitcode is not None, "the run hangs: " + "".join(log.read_text() for log in logs)
+    try:
+        for child in children:
+            child.join(120)
+            assert child.exitcode is not None, "the run hangs: " + "".join(log.read_text() for log in logs)
+    finally:
+        for child in children:
+            child.kill()
     codes = [child.exitcode for child in children]
     text = "".join(log.read_text() for log in logs)
     shutil.rmtree(folder)
@@ -122,6 +126,33 @@ def kill_in_file_write(number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     training.checkpoint.write_file = training.files.write_file = write_half
+
+
+def kill_in_write_of(name: str) -> None:
+    """SIGKILL when half of a file of the run directory is written."""
+    write = training.files.write_file
+
+    def write_half(path, pieces):
+        if path.name != training.files.temporary_name(name):
+            return write(path, pieces)
+        content = b"".join(bytes(piece) for piece in pieces)
+        path.write_bytes(content[: len(content) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    training.files.write_file = write_half
+
+
+def no_room_for(name: str) -> None:
+    """The disk is full in the middle of a file of the run directory."""
+    write = training.files.write_file
+
+    def write_and_fail(path, pieces):
+        if path.name != training.files.temporary_name(name):
+            return write(path, pieces)
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    training.files.write_file = write_and_fail
 
 
 def kill_before_rename(number: int) -> None:

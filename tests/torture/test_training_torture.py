@@ -42,6 +42,15 @@ def test_a_checkpoint_has_as_many_files_as_are_killed(undisturbed):
     assert len(list(latest_checkpoint(undisturbed).iterdir())) == FILES_OF_A_CHECKPOINT
 
 
+@pytest.mark.fault(f"{KILL} while a run directory is made", SAME)
+@pytest.mark.parametrize("name", ["data.json", "settings.yaml"])
+def test_killed_while_the_run_directory_is_made(undisturbed, settings, name):
+    """What the first milliseconds leave was once taken for somebody else's folder, or for another run's."""
+    assert run(settings, faults.kill_in_write_of, name).code == -signal.SIGKILL
+    assert "A new run in" in finish(settings).text
+    assert_like(undisturbed, settings)
+
+
 @pytest.mark.fault(f"{KILL} during the first checkpoint of a run", SAME)
 @pytest.mark.parametrize("fault", [(faults.kill_in_file_write, 9), (faults.kill_before_rename, 0)])
 def test_killed_before_the_first_checkpoint(undisturbed, settings, fault):
@@ -60,7 +69,9 @@ def test_killed_before_the_rename(undisturbed, settings, number):
 
 @pytest.mark.fault(f"{KILL} at twenty random moments, from the start to the export, several in one run", SAME)
 def test_killed_at_twenty_random_moments(undisturbed, settings, tmp_path):
-    """Seeded; where in the run a moment falls is up to the machine, but the promise is for all of them."""
+    """Seeded; where in the run a moment falls is up to the machine, but the promise is for all of them: the
+    same command takes up what a kill leaves, and a run ends by the kill or by itself, never with an error.
+    """
     began = time.monotonic()
     assert run({**settings, "run_dir": tmp_path / "timed"}).code == 0
     usual_seconds = time.monotonic() - began
@@ -168,6 +179,20 @@ def test_a_signal_to_one_of_two_processes(shards, settings, tmp_path):
     assert stopped.code == 0 and stopped.text.count("Stopped after step") == 1, stopped.text
     assert run(settings, processes=2).code == 0
     assert_like(reference["run_dir"], settings)
+
+
+@pytest.mark.fault(
+    "the disk is full when the run directory is made",
+    f"the run does not start; the error names the folder, the cause and the cure; then {SAME}",
+)
+@pytest.mark.parametrize("name", ["data.json", "settings.yaml"])
+def test_a_full_disk_at_the_start(undisturbed, settings, name):
+    refused = run(settings, faults.no_room_for, name)
+    assert refused.code == 1 and "Traceback" not in refused.text, refused.text
+    assert f"could not be written to {settings['run_dir']}: No space left" in refused.text
+    assert "make room" in refused.text
+    finish(settings)
+    assert_like(undisturbed, settings)
 
 
 @pytest.mark.fault(
@@ -375,15 +400,17 @@ def test_two_runs_in_one_directory(undisturbed, settings, tmp_path):
     fault = (faults.wait_while_file_exists, 5, str(flag))
     first = PROCESSES.Process(target=faults.train, args=(settings, fault, {}, str(tmp_path / "first.log")))
     first.start()
-    wait_until(lambda: flag.exists() or not first.is_alive(), (tmp_path / "first.log").read_text)
-    assert first.is_alive(), (tmp_path / "first.log").read_text()
-    second = run(settings)
-    assert (
-        second.code == 1 and f"another run is using {settings['run_dir']} (process {first.pid}" in second.text
-    )
-    flag.unlink()
-    first.join(60)
-    assert first.exitcode == 0
+    try:
+        wait_until(lambda: flag.exists() or not first.is_alive(), (tmp_path / "first.log").read_text)
+        assert first.is_alive(), (tmp_path / "first.log").read_text()
+        second = run(settings)
+        is_using = f"another run is using {settings['run_dir']} (process {first.pid}"
+        assert second.code == 1 and is_using in second.text
+        flag.unlink()
+        first.join(60)
+        assert first.exitcode == 0
+    finally:
+        first.kill()
     assert_like(undisturbed, settings)
 
 
