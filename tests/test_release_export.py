@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -194,3 +195,31 @@ def test_a_difference_is_measured_where_the_words_probabilities_are():
     assert relative_difference(logits + 7.0, logits) < 1e-12
     assert relative_difference(1.01 * logits, logits) == pytest.approx(0.01)
     assert not relative_difference(logits * float("nan"), logits) <= 1.0
+def test_verify_tells_of_code_that_ends_its_process_without_a_word(folder, capsys):
+    code = folder / "modeling_gpt_scratch.py"
+    code.write_text(code.read_text() + "\n\nimport os\n\nos._exit(3)\n")
+    with pytest.raises(SystemExit, match="remote-code failed"):
+        verify_main([str(folder), "--only", "remote-code"])
+    assert "RuntimeError: its process ended with the status 3" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+def test_verify_notices_a_compiler_that_writes_another_text(folder, monkeypatch):
+    """The tokens once came from the model as it is, beside logits of the compiled one."""
+    plain = GPTScratchForCausalLM.forward
+
+    def forward(self, input_ids=None, **more):
+        output = plain(self, input_ids=input_ids, **more)
+        if torch.compiler.is_compiling() and input_ids.shape[1] == 1:  # as a miscompiled cache would show
+            output.logits = -output.logits
+        return output
+
+    (outcome,) = verify(folder, ["compile"])
+    assert (outcome.status, outcome.same_tokens) == ("ok", 12)
+    monkeypatch.setattr(GPTScratchForCausalLM, "forward", forward)
+    torch.compiler.reset()
+    (outcome,) = verify(folder, ["compile"])
+    assert outcome.status == "FAILED" and "where our model writes" in outcome.note, outcome
+
+
