@@ -23,7 +23,16 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_gpt_scratch import GPTScratchForCausalLM
 from modeling_gpt_scratch.convert_gpt2 import to_gpt2
-from release.folder import ADAPTER_FILES, CARD_FILE, PICTURE_FILE, ReleaseError, check_export, read_config
+from release.card import build_card, is_ours, keep_owners_words
+from release.folder import (
+    ADAPTER_FILES,
+    CARD_FILE,
+    PICTURE_FILE,
+    ReleaseError,
+    check_export,
+    find_run,
+    read_config,
+)
 
 ONNX_FILE, GGUF_FILE = "model.onnx", "model.gguf"
 ONNX_OPSET = 18
@@ -71,11 +80,7 @@ def export_stock(folder: Path, output: Path) -> None:
     with _new_folder(output) as temporary:
         to_gpt2(model).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        for name in (CARD_FILE, PICTURE_FILE):
-            if (folder / name).exists():
-                text = (folder / name).read_bytes()
-                # The card's line of code loads this folder now, and there is no code to trust.
-                (temporary / name).write_bytes(text.replace(b", trust_remote_code=True", b""))
+        _describe(folder, temporary, output)
 
 
 def export_onnx(folder: Path, output: Path) -> None:
@@ -192,8 +197,7 @@ def export_torchao(folder: Path, output: Path, kind: str = "int8") -> None:
         quantised, tokenizer = load_torchao(folder, kind)
         quantised.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        if (folder / CARD_FILE).exists():
-            shutil.copyfile(folder / CARD_FILE, temporary / CARD_FILE)
+        _describe(folder, temporary, output)
 
 
 def load_torchao(folder: Path, kind: str = "int8") -> tuple[Any, PreTrainedTokenizerBase]:
@@ -224,6 +228,22 @@ def load_torchao(folder: Path, kind: str = "int8") -> tuple[Any, PreTrainedToken
         weights = Int8WeightOnlyConfig(version=2)
     settings = TorchAoConfig(weights)
     return GPTScratchForCausalLM.from_pretrained(folder, quantization_config=settings).eval(), tokenizer
+
+
+def _describe(folder: Path, made: Path, output: Path) -> None:
+    """Picture and card of `folder` for what was `made` of it and will lie at `output`.
+
+    A person's card is copied. One of ours is written for the new form: other code loads it, and quantised
+    weights have results of their own.
+    """
+    if (folder / PICTURE_FILE).exists():
+        shutil.copyfile(folder / PICTURE_FILE, made / PICTURE_FILE)
+    if not (folder / CARD_FILE).exists():
+        return
+    card = (folder / CARD_FILE).read_text(encoding="utf-8")
+    if is_ours(card):
+        card = keep_owners_words(build_card(made, find_run(folder), made_from=folder, home=output), card)
+    (made / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 class _LogitsOnly(nn.Module):
