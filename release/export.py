@@ -4,13 +4,14 @@ Each starts from the float32 weights of the folder; `python -m release.verify` t
 """
 
 import argparse
+import io
 import json
 import logging
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TorchAoConfig
+from transformers.exporters import OnnxConfig, OnnxExporter
 from transformers.utils import logging as transformers_logging
 
 from modeling_gpt_scratch import GPTScratchForCausalLM
@@ -85,7 +87,8 @@ def export_stock(folder: Path, output: Path) -> None:
 
 def export_onnx(folder: Path, output: Path) -> None:
     """A folder with model.onnx, `input_ids` int64 (batch, sequence) → `logits` float32 (batch, sequence,
-    vocabulary), both sizes free, without a cache; tokenizer and config beside it.
+    vocabulary), both sizes free, without a cache; tokenizer and config beside it. transformers from 5.23 on
+    writes the weights into a file of their own, model.onnx.data.
 
     Raises:
         NotInstalled: without onnx and onnxscript.
@@ -93,23 +96,17 @@ def export_onnx(folder: Path, output: Path) -> None:
     _require("onnx", "onnxscript", pip="onnx onnxscript")
     model, tokenizer = load_export(folder)
     with _new_folder(output) as temporary, _quiet():
-        example = torch.zeros(2, 3, dtype=torch.int64)
         sizes = {
             0: torch.export.Dim("batch"),
             1: torch.export.Dim("sequence", min=2, max=model.config.n_positions),
         }
-        program = torch.onnx.export(
-            _LogitsOnly(model).eval(),
-            (example,),
-            dynamo=True,
-            input_names=["input_ids"],
-            output_names=["logits"],
-            dynamic_shapes={"input_ids": sizes},
-            opset_version=ONNX_OPSET,
-            verbose=False,
-        )
-        assert program is not None
-        program.save(str(temporary / ONNX_FILE))
+        settings = OnnxConfig(dynamic_shapes={"input_ids": sizes}, opset_version=ONNX_OPSET)
+        example: Any = {"input_ids": torch.zeros(2, 3, dtype=torch.int64), "use_cache": False}
+        program: Any = OnnxExporter().export(model, example, settings)
+        if isinstance(program, torch.onnx.ONNXProgram):  # until transformers 5.22
+            program.save(str(temporary / ONNX_FILE))
+        else:
+            OnnxExporter.save_program(program.program, temporary / ONNX_FILE)
         model.config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
@@ -246,17 +243,6 @@ def _describe(folder: Path, made: Path, output: Path) -> None:
     (made / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-class _LogitsOnly(nn.Module):
-    """`input_ids` in, logits out: ONNX knows no dataclasses and no cache objects."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, use_cache=False).logits
-
-
 def _gguf_tensors(stock: nn.Module) -> dict[str, np.ndarray]:
     """Stock weights under llama.cpp's names, matrices as (out, in), float32."""
     layers = {
@@ -335,16 +321,17 @@ def _new_folder(output: Path):
 
 @contextmanager
 def _quiet():
-    """torch's exporter logs and warns about itself, not about this model."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    """The exporters log, print and warn about themselves and their versions, not about this model."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "transformers"))}
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
+            for logger in levels:
+                logger.setLevel(logging.ERROR)
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in levels.items():
+                logger.setLevel(level)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
