@@ -46,8 +46,8 @@ def build_card(
         read_config(folder)
     record = read_record(folder, run, hellaswag, weights=made_from)
     home = home or folder
-    is_of_run = run is not None and made_from is None
-    name = repo_id or (run.name if run is not None and is_of_run else home.resolve().name)
+    beside = run if made_from is None else None  # whose files go along: with no other form
+    name = repo_id or (beside.name if beside is not None else home.resolve().name)
     parts = [
         MARK,
         f"# {name.rpartition('/')[2]}",
@@ -56,11 +56,11 @@ def build_card(
         sections.usage(record, repo_id or (home.name if home.is_absolute() else str(home))),
         sections.prompt_format(record),
         sections.results(record),
-        sections.curve(folder, run),
+        sections.curve(folder, beside),
         sections.samples(record),
         sections.table("Data", sections.data(record)),
         sections.table("Training", sections.training(record)),
-        sections.reproduce(record, repo_id) if is_of_run else "",  # the run's files go along with no other
+        sections.reproduce(record, repo_id) if beside is not None else "",
         sections.limits(license),
     ]
     metadata = card_metadata(record, name.rpartition("/")[2], license, language)

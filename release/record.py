@@ -114,7 +114,7 @@ def read_record(
     counted = weights or (None if "quantization_config" in config else folder)
     return Record(
         config=config,
-        parameters=counted and _parameters(counted),
+        parameters=_parameters(counted) if counted is not None else None,
         hellaswag=scores,
         is_averaged=is_averaged,
         **beside,
