@@ -12,6 +12,7 @@ from tests.app_toys import (
     BUSY,
     CHROMIUM,
     DESKTOP,
+    PATIENCE_SECONDS,
     PHONE,
     chromium,
     fill,
@@ -164,7 +165,7 @@ def test_two_visitors_are_written_for_at_once_and_apart(see, address, gate):
             wait_until(lambda: gate.waiting == 2)  # neither has to wait for the other
             gate.let_until(lambda: other.evaluate(SAYS, "Room 1 is written"))
             theirs = texts(other)
-            assert one.evaluate(BUSY)
+            gate.let_until(lambda: one.evaluate(BUSY))  # still: it was asked for more
             one.click("#stop")
             gate.let_until(lambda: one.evaluate(SAYS, "Stopped"))
             mine = texts(one)
@@ -175,7 +176,7 @@ def test_two_visitors_are_written_for_at_once_and_apart(see, address, gate):
         set_number(other, "Seed", 1)
         press_write(other)
         alone = written(other, "Room 3 is written")
-        assert all(mine) and all(a[:10] == b[:10] for a, b in zip(mine, alone, strict=True))
+        assert all(mine) and all(b.startswith(a[:10]) for a, b in zip(mine, alone, strict=True))
         assert theirs != alone
 
     see(look)
@@ -315,9 +316,9 @@ def test_the_queue_is_bounded_and_who_comes_too_late_is_told(see, address, gate)
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        return urllib.request.urlopen(request, timeout=60).status
+        return urllib.request.urlopen(request, timeout=PATIENCE_SECONDS).status
 
-    with urllib.request.urlopen(f"{address}/config", timeout=60) as response:
+    with urllib.request.urlopen(f"{address}/config", timeout=PATIENCE_SECONDS) as response:
         functions = json.load(response)["dependencies"]
     (write_index,) = [number for number, one in enumerate(functions) if one["api_name"] == "write"]
 

@@ -255,7 +255,7 @@ def test_verify_names_what_is_not_installed_and_how_to_get_it(folder):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     for name, package in (("gguf", "gguf"), ("llama.cpp", "llama-cpp-python"), ("torchao-int8", "torchao")):

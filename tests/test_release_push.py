@@ -92,7 +92,7 @@ def push(folder, env, *flags, name="user/crypt"):
         env=env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -136,7 +136,7 @@ def test_a_pushed_export_loads_in_another_process_whatever_the_hub_goes_through(
             env=elsewhere,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         assert loaded.returncode == 0, loaded.stderr + "\n".join(map(str, hub.served[-20:]))
         assert not any(hub.scripted.values()), "the Hub was meant to be in more trouble"
@@ -225,7 +225,7 @@ def test_a_killed_push_leaves_the_old_model_and_completes_when_it_is_repeated(ru
     with HubServer({"user/crypt": dict(old)}, token=TOKEN, scripted={"POST .*/commit/": ["hang"]}) as hub:
         env = environment(hub, tmp_path)
         process = subprocess.Popen(push_command(run / "export"), cwd=ROOT, env=env)
-        assert hub.hanging.wait(60)
+        assert hub.hanging.wait(300)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert hub.repositories["user/crypt"] == old
@@ -352,7 +352,7 @@ def test_a_push_in_the_background_never_stops_its_caller(run):
         push_in_background(run / "nothing", "user/crypt", token=TOKEN, warn=told.append),
         push_in_background(run / "export", "no name", token=TOKEN, warn=told.append),
     ]
-    assert [one.finish(timeout_seconds=60) for one in pushes] == [None, None, None]
+    assert [one.finish(timeout_seconds=300) for one in pushes] == [None, None, None]
     assert len(told) == 3 and all(text.startswith("Not pushed to the Hub: ") for text in told)
     assert not any(one.is_running for one in pushes)
 
@@ -364,7 +364,7 @@ def test_a_push_in_the_background_tells_what_the_command_would_and_nothing_else(
         for name, value in env.items():
             monkeypatch.setenv(name, value)
         told = []
-        assert push_in_background(run / "export", "user/crypt", warn=told.append).finish(120) is None
+        assert push_in_background(run / "export", "user/crypt", warn=told.append).finish(300) is None
         assert len(hub.uploads) == 2  # so there was something to draw bars of
         command = push(run / "export", {**env, "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
     assert command.stderr.startswith("error: The Hub refuses this token (HTTP 403)")
@@ -394,8 +394,8 @@ def test_a_push_in_the_background_arrives_and_a_hub_that_hangs_keeps_nobody(run,
             text=True,
         )
         assert process.stdout.readline() == "True\n"
-        assert happens(120)
-        said, _ = process.communicate("\n", timeout=120)
+        assert happens(300)
+        said, _ = process.communicate("\n", timeout=300)
         assert process.returncode == 0
         return said
 
@@ -403,7 +403,7 @@ def test_a_push_in_the_background_arrives_and_a_hub_that_hangs_keeps_nobody(run,
     with HubServer({}, token=TOKEN, scripted={"PUT /lfs/": ["hang"] * 2}) as hub:
         hanging = finish(hub, 1, hub.hanging.wait)
         hub.released.set()
-        arrived = finish(hub, 120, lambda _: True)
+        arrived = finish(hub, 300, lambda _: True)
         head = hub.heads["user/crypt", "main"]
     assert "was not done after 1 s" in hanging and hanging.endswith("\nNone\n")
     assert arrived == f"{hub.url}/user/crypt/commit/{head}\n"
@@ -411,7 +411,8 @@ def test_a_push_in_the_background_arrives_and_a_hub_that_hangs_keeps_nobody(run,
 
 @pytest.mark.slow
 def test_a_checkpoint_that_hangs_leaves_time_for_the_export(run, tmp_path, monkeypatch):
-    """Half of what there is; a push that goes well takes seconds."""
+    """A share of what there is, and here a small one: how long a push takes decides nothing."""
+    monkeypatch.setattr("release.background.CHECKPOINTS_SHARE", 0.01)
     checkpoint = Path(shutil.copytree(run / "export", run / "checkpoints" / "step-0000002"))
     (checkpoint / "tokenizer_config.json").write_text("{}")
     with HubServer({}, token=TOKEN, scripted={"POST .*/commit/": ["hang"]}) as hub:
@@ -419,12 +420,12 @@ def test_a_checkpoint_that_hangs_leaves_time_for_the_export(run, tmp_path, monke
             monkeypatch.setenv(name, value)
         told = []
         pushes = HubPushes("user/crypt", warn=told.append)
-        assert pushes.checkpoint(checkpoint) and hub.hanging.wait(120)
-        address = pushes.finish(run / "export", timeout_seconds=40)
+        assert pushes.checkpoint(checkpoint) and hub.hanging.wait(300)
+        address = pushes.finish(run / "export", timeout_seconds=300)
         there = hub.repositories["user/crypt"]
         assert address and address.endswith(hub.heads["user/crypt", "main"]), told
     assert there["tokenizer_config.json"] == (run / "export" / "tokenizer_config.json").read_bytes()
-    assert told == ["The push to the Hub was not done after 20 s and is given up."]
+    assert told == ["The push to the Hub was not done after 3 s and is given up."]
 
 
 OF_A_RUN = """
@@ -453,7 +454,7 @@ def test_a_runs_checkpoints_go_up_one_at_a_time_and_the_export_last(run, tmp_pat
             env=environment(hub, tmp_path),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout.splitlines()[-1])
@@ -472,7 +473,7 @@ def test_a_run_without_a_network_ends_as_if_it_had_one(run):
     told = []
     pushes = HubPushes("user/crypt", warn=told.append, retries=0)
     pushes.checkpoint(run / "export")
-    assert pushes.finish(run / "export", timeout_seconds=60) is None
+    assert pushes.finish(run / "export", timeout_seconds=300) is None
     assert told and all(text.startswith("Not pushed to the Hub: ") for text in told)
 
 

@@ -192,15 +192,15 @@ def test_transformers_chat_talks_to_it_in_a_terminal(server, tmp_path):
     )  # fmt: skip
     os.close(slave)
     try:
-        read_until(master, b">:", 120)
+        read_until(master, b">:", 300)
         os.write(master, ASKED.encode() + b"\n")
         # It ends by asking whether to go on where the limit stopped it.
-        shown = read_until(master, b"(y/N)", 120).decode(errors="replace")
+        shown = read_until(master, b"(y/N)", 300).decode(errors="replace")
         assert squeezed(server.expected) in squeezed(shown) and "tok/s" in shown, shown
         os.write(master, b"n\n")
-        read_until(master, b">:", 30)
+        read_until(master, b">:", 300)
         os.write(master, b"!exit\n")
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
     finally:
         process.kill()
         os.close(master)
