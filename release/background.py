@@ -114,10 +114,8 @@ def push_in_background(
     command = [sys.executable, "-u", "-m", "release.push", str(Path(folder).absolute()), repo_id]
     command += ["--retries", str(retries), *(["--private"] if private else [])]
     command += ["--revision", revision] if revision else []
-    environment = {
-        **os.environ,
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }  # nobody sees them, and they are no words
+    # Bars are seen by nobody here, and would stand before the words of a failure.
+    environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if token:
         environment["HF_TOKEN"] = token  # a command line is for all to see
     return BackgroundPush(command, environment, warn)
