@@ -135,6 +135,9 @@ def build_page(writer: Writer) -> gr.Blocks:
             yield shown(model_as_html(writer), entries, writing=False)
             return
 
+        again = again and bool(entries)
+        if again:  # the order of that entry, whatever the boxes say by now
+            given = [entries[-1].fields.get(name, "") for name in FIELDS]
         fields, notes = fitting_fields(writer, given)
         wanted, left = int(between(length, 1, MAX_NEW_TOKENS)), writer.context - writer.prompt_tokens(fields)
         first, chosen = random.randrange(10**SEED_DIGITS - MAX_VARIANTS), str(seed or "").strip()

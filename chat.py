@@ -10,6 +10,7 @@ fields, one after the other.
 
 import argparse
 import contextlib
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from evaluation.loading import load_causal_model
 with contextlib.suppress(ImportError):  # not on every system; gives input() its arrow keys
     import readline  # noqa: F401
 
+SEEDS = 2**32  # as many as numpy's generator, which set_seed seeds too, takes
 DEMO, ROOMS = "artifacts/runs/demo/export", "artifacts/runs/dungeons/export"
 
 
@@ -51,13 +53,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (%(default)s)")
     parser.add_argument("--top_p", type=float, default=0.95, help="the nucleus (%(default)s)")
     parser.add_argument("--seed", type=int, help="to write the same again")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run Python code that comes with the model"
+    )
     settings = parser.parse_args(argv)
+    if problems := problems_with(settings):
+        sys.exit(f"error: {'; '.join(problems)}")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         name = settings.model or (ROOMS if settings.rooms else DEMO)
-        model, tokenizer = load_causal_model(name, dtype="float32", device=device)
+        model, tokenizer = load_causal_model(
+            name, dtype="float32", device=device, trust_remote_code=settings.trust_remote_code
+        )
         longest_prompt = longest_prompt_of(settings.max_new_tokens, model)
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -70,6 +79,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             text += write(text, model, tokenizer, settings, longest_prompt)
     except (EOFError, KeyboardInterrupt):
         print()
+
+
+def problems_with(settings: argparse.Namespace) -> list[str]:
+    """Values that nothing could be written with; which lengths are possible only the model knows."""
+    problems = []
+    if not 0 <= settings.temperature < math.inf:
+        problems.append(f"temperature={settings.temperature} is not a number from 0 up")
+    if not 0 < settings.top_p <= 1:
+        problems.append(f"top_p={settings.top_p} is not above 0 and at most 1 (1 is no nucleus)")
+    if settings.seed is not None and not 0 <= settings.seed < SEEDS:
+        problems.append(f"seed={settings.seed} is not in 0..{SEEDS - 1}")
+    return problems
 
 
 def longest_prompt_of(max_new_tokens: int, model: Any) -> int | None:

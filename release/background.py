@@ -18,6 +18,7 @@ from release.push import ADDRESS_LINE, RETRIES, prepare_repository
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS_BETWEEN_LOOKS = 1.0
+CHECKPOINTS_SHARE = 0.5  # of the time that the end of a run has for the Hub
 # In a run's directory: files of checkpoints that are on their way.
 HELD_FOLDER = ".pushing"
 
@@ -69,7 +70,8 @@ class BackgroundPush:
                 self._warn(line.rstrip())
         if self._process.wait() != 0 and not self._is_given_up:
             problem.seek(0)
-            said = problem.read().strip().removeprefix("error: ")
+            # Its last words; what libraries have warned of before is not the reason.
+            said = f"\n{problem.read()}".rpartition("\nerror: ")[2].strip()
             self._warn(f"Not pushed to the Hub: {said or f'exit code {self._process.returncode}'}")
 
     def _kill(self) -> None:
@@ -112,7 +114,10 @@ def push_in_background(
     command = [sys.executable, "-u", "-m", "release.push", str(Path(folder).absolute()), repo_id]
     command += ["--retries", str(retries), *(["--private"] if private else [])]
     command += ["--revision", revision] if revision else []
-    environment = {**os.environ, **({"HF_TOKEN": token} if token else {})}  # a command line is for all to see
+    # Bars are seen by nobody here, and would stand before the words of a failure.
+    environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if token:
+        environment["HF_TOKEN"] = token  # a command line is for all to see
     return BackgroundPush(command, environment, warn)
 
 
@@ -178,14 +183,18 @@ class HubPushes:
         return True
 
     def finish(self, folder: Path | str, timeout_seconds: float | None = None) -> str | None:
-        """Push the export, after whatever is on its way, and wait; the commit's address, or None."""
+        """Push the export, after whatever is on its way, and wait; the commit's address, or None.
+
+        What is on its way gets at most CHECKPOINTS_SHARE of the time: the export is what was asked for.
+        """
         began = time.monotonic()
         try:
-            self.stop(timeout_seconds)
-            if timeout_seconds is not None:
-                timeout_seconds -= time.monotonic() - began
-                if timeout_seconds <= 0:
-                    return None  # a Hub that hangs: the export would not arrive either
+            if timeout_seconds is None:
+                self.stop()
+            else:
+                self.stop(CHECKPOINTS_SHARE * timeout_seconds)
+                left = timeout_seconds - (time.monotonic() - began)
+                timeout_seconds = max(left, (1 - CHECKPOINTS_SHARE) * timeout_seconds)
             self._running = self._push(Path(folder))
             return self._running.finish(timeout_seconds)
         except BaseException:  # Ctrl-C: whoever waits has had enough

@@ -4,13 +4,14 @@ Each starts from the float32 weights of the folder; `python -m release.verify` t
 """
 
 import argparse
+import io
 import json
 import logging
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,21 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TorchAoConfig
+from transformers.exporters import OnnxConfig, OnnxExporter
 from transformers.utils import logging as transformers_logging
 
 from modeling_gpt_scratch import GPTScratchForCausalLM
 from modeling_gpt_scratch.convert_gpt2 import to_gpt2
-from release.folder import ADAPTER_FILES, CARD_FILE, PICTURE_FILE, ReleaseError, check_export, read_config
+from release.card import build_card, is_ours, keep_owners_words
+from release.folder import (
+    ADAPTER_FILES,
+    CARD_FILE,
+    PICTURE_FILE,
+    ReleaseError,
+    check_export,
+    find_run,
+    read_config,
+)
 
 ONNX_FILE, GGUF_FILE = "model.onnx", "model.gguf"
 ONNX_OPSET = 18
@@ -71,16 +82,13 @@ def export_stock(folder: Path, output: Path) -> None:
     with _new_folder(output) as temporary:
         to_gpt2(model).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        for name in (CARD_FILE, PICTURE_FILE):
-            if (folder / name).exists():
-                text = (folder / name).read_bytes()
-                # The card's line of code loads this folder now, and there is no code to trust.
-                (temporary / name).write_bytes(text.replace(b", trust_remote_code=True", b""))
+        _describe(folder, temporary, output)
 
 
 def export_onnx(folder: Path, output: Path) -> None:
     """A folder with model.onnx, `input_ids` int64 (batch, sequence) → `logits` float32 (batch, sequence,
-    vocabulary), both sizes free, without a cache; tokenizer and config beside it.
+    vocabulary), both sizes free, without a cache; tokenizer and config beside it. transformers from 5.23 on
+    writes the weights into a file of their own, model.onnx.data.
 
     Raises:
         NotInstalled: without onnx and onnxscript.
@@ -88,23 +96,17 @@ def export_onnx(folder: Path, output: Path) -> None:
     _require("onnx", "onnxscript", pip="onnx onnxscript")
     model, tokenizer = load_export(folder)
     with _new_folder(output) as temporary, _quiet():
-        example = torch.zeros(2, 3, dtype=torch.int64)
         sizes = {
             0: torch.export.Dim("batch"),
             1: torch.export.Dim("sequence", min=2, max=model.config.n_positions),
         }
-        program = torch.onnx.export(
-            _LogitsOnly(model).eval(),
-            (example,),
-            dynamo=True,
-            input_names=["input_ids"],
-            output_names=["logits"],
-            dynamic_shapes={"input_ids": sizes},
-            opset_version=ONNX_OPSET,
-            verbose=False,
-        )
-        assert program is not None
-        program.save(str(temporary / ONNX_FILE))
+        settings = OnnxConfig(dynamic_shapes={"input_ids": sizes}, opset_version=ONNX_OPSET)
+        example: Any = {"input_ids": torch.zeros(2, 3, dtype=torch.int64), "use_cache": False}
+        program: Any = OnnxExporter().export(model, example, settings)
+        if isinstance(program, torch.onnx.ONNXProgram):  # until transformers 5.22
+            program.save(str(temporary / ONNX_FILE))
+        else:
+            OnnxExporter.save_program(program.program, temporary / ONNX_FILE)
         model.config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
@@ -192,8 +194,7 @@ def export_torchao(folder: Path, output: Path, kind: str = "int8") -> None:
         quantised, tokenizer = load_torchao(folder, kind)
         quantised.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        if (folder / CARD_FILE).exists():
-            shutil.copyfile(folder / CARD_FILE, temporary / CARD_FILE)
+        _describe(folder, temporary, output)
 
 
 def load_torchao(folder: Path, kind: str = "int8") -> tuple[Any, PreTrainedTokenizerBase]:
@@ -226,15 +227,20 @@ def load_torchao(folder: Path, kind: str = "int8") -> tuple[Any, PreTrainedToken
     return GPTScratchForCausalLM.from_pretrained(folder, quantization_config=settings).eval(), tokenizer
 
 
-class _LogitsOnly(nn.Module):
-    """`input_ids` in, logits out: ONNX knows no dataclasses and no cache objects."""
+def _describe(folder: Path, made: Path, output: Path) -> None:
+    """Picture and card of `folder` for what was `made` of it and will lie at `output`.
 
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, use_cache=False).logits
+    A person's card is copied. One of ours is written for the new form: other code loads it, and quantised
+    weights have results of their own.
+    """
+    if (folder / PICTURE_FILE).exists():
+        shutil.copyfile(folder / PICTURE_FILE, made / PICTURE_FILE)
+    if not (folder / CARD_FILE).exists():
+        return
+    card = (folder / CARD_FILE).read_text(encoding="utf-8")
+    if is_ours(card):
+        card = keep_owners_words(build_card(made, find_run(folder), made_from=folder, home=output), card)
+    (made / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def _gguf_tensors(stock: nn.Module) -> dict[str, np.ndarray]:
@@ -315,16 +321,17 @@ def _new_folder(output: Path):
 
 @contextmanager
 def _quiet():
-    """torch's exporter logs and warns about itself, not about this model."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    """The exporters log, print and warn about themselves and their versions, not about this model."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "transformers"))}
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
+            for logger in levels:
+                logger.setLevel(logging.ERROR)
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in levels.items():
+                logger.setLevel(level)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

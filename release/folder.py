@@ -11,6 +11,7 @@ WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 CARD_FILE = "README.md"
 PICTURE_FILE = "loss.png"
+AVERAGED_FOLDER = "export-ema"  # of a run, for the moving average of its weights
 RUN_FOLDER = "training"  # of a repository on the Hub, for the files of the run
 
 # By their names: a checkpoint's optimizer and random states are for resuming, and stay home; so does whatever

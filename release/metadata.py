@@ -30,7 +30,7 @@ def card_metadata(record: Record, name: str, license: str | None, language: str 
         datasets=[dataset] if dataset and not record.is_dungeons else None,
         base_model=base if is_hub_id else None,
         model_name=name,
-        eval_results=_eval_results(record) or None,
+        eval_results=None if record.quantisation else _eval_results(record) or None,
     )
 
 

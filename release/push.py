@@ -7,6 +7,7 @@ mixture, and a push that was killed is simply repeated.
 import argparse
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,9 +16,9 @@ from typing import TypeVar
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging as hub_logging
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id
 
-from release.card import build_card, for_repository
+from release.card import build_card, for_repository, is_empty_form, is_ours, keep_owners_words
 from release.folder import (
     ANY_WEIGHTS,
     CARD_FILE,
@@ -33,6 +34,7 @@ from release.folder import (
 
 RETRIES = 5
 FIRST_WAIT_SECONDS = 1.0  # doubles with each retry
+LONGEST_WAIT_SECONDS = 600.0  # that the Hub may ask for; its limits count windows of five minutes
 NETWORK_MODULES = (
     "httpx",
     "httpx2",
@@ -60,10 +62,12 @@ def push(
 
     A repository that exists gets the new files; others stay, but for weights that the new ones replace. If
     the folder lies in a run directory, the run's settings, metrics and report go along into `training/`. A
-    card is made if the folder has none. Nothing on this machine is changed.
+    card is made if the folder has none; one of ours does not replace a person's there, and keeps the licence
+    and the language that its forerunner there names. Nothing on this machine is changed.
 
     `token`: else the one of `hf auth login` or of the variable HF_TOKEN. What may pass (a busy Hub, a lost
-    connection) is tried again `retries` times, with pauses from one second, doubling.
+    connection) is tried again `retries` times, with pauses from one second, doubling, or as long as the Hub
+    asks for.
 
     Raises:
         ReleaseError: if the export is not whole, the name or the token is refused, or the Hub stays away.
@@ -165,6 +169,14 @@ def _push_once(
     replaced = [name for name in present if ANY_WEIGHTS.fullmatch(name) and name not in contents]
     if replaced:
         say(f"Replaced by the new weights, so removed there: {', '.join(replaced)}")
+    card = contents[CARD_FILE]
+    if CARD_FILE in present and isinstance(card, bytes):
+        contents = {**contents}
+        if merged := _beside_the_card_there(api, repo_id, there, card.decode()):
+            contents[CARD_FILE] = merged.encode()
+        else:
+            say(f"The card of {repo_id} was written by a person, and stays.")
+            del contents[CARD_FILE]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()
     ]
@@ -173,6 +185,18 @@ def _push_once(
         repo_id, operations, commit_message="Upload model", revision=revision or "main"
     )
     return str(commit.commit_url)
+
+
+def _beside_the_card_there(api: HfApi, repo_id: str, there: ModelInfo, card: str) -> str | None:
+    """The card to send, where the repository has one; None if that one is a person's, and this one is not."""
+    with tempfile.TemporaryDirectory() as temporary:
+        path = api.hf_hub_download(repo_id, CARD_FILE, revision=there.sha, local_dir=temporary)
+        present = Path(path).read_text(encoding="utf-8", errors="replace")
+    if not is_ours(card):
+        return card  # written by a person, here
+    if not is_ours(present) and not is_empty_form(present):
+        return None
+    return keep_owners_words(card, present)
 
 
 def _open_repository(api: HfApi, repo_id: str, private: bool, revision: str | None = None) -> ModelInfo:
@@ -194,53 +218,80 @@ def _patiently(action: Callable[[], Result], retries: int, say: Callable[[str], 
         try:
             return action()
         except Exception as error:
-            if not _may_pass(error):
+            culprit = _culprit(error)
+            if not _may_pass(culprit):
                 raise
-            wait = FIRST_WAIT_SECONDS * 2**attempt
-            say(f"The Hub is not well ({_in_short(error)}); trying again in {wait:g} s.")
+            wait = max(FIRST_WAIT_SECONDS * 2**attempt, _asked_to_wait(culprit))
+            say(f"The Hub is not well ({_in_short(culprit)}); trying again in {wait:g} s.")
             time.sleep(wait)
     return action()
 
 
-def _status(error: Exception) -> int | None:
+def _culprit(error: BaseException) -> BaseException:
+    """The error, or that among its causes which says what happened: an answer of the Hub, or the network.
+
+    The client wraps what happens to a large file in a RuntimeError that names the file and no reason.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if _status(cause) is not None or _is_network(cause):
+            return cause
+        cause = cause.__cause__
+    return error
+
+
+def _status(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _may_pass(error: Exception) -> bool:
+def _asked_to_wait(error: BaseException) -> float:
+    """Seconds, by the answer's `Retry-After` or the Hub's own `RateLimit`; 0 if it does not say."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    limit, asked = parse_ratelimit_headers(headers), headers.get("Retry-After", "").strip()
+    if limit is not None and limit.remaining == 0:
+        return min(LONGEST_WAIT_SECONDS, limit.reset_in_seconds + 1)
+    # Its other form, a date, is not what the Hub sends.
+    return min(LONGEST_WAIT_SECONDS, float(asked)) if asked.isdecimal() else 0.0
+
+
+def _may_pass(error: BaseException) -> bool:
     status = _status(error)
     if status is not None:
         return status in (408, 429) or status >= 500
     return _is_network(error) and not isinstance(error, OfflineModeIsEnabled)
 
 
-def _is_network(error: Exception) -> bool:
+def _is_network(error: BaseException) -> bool:
     return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in (
         NETWORK_MODULES
     )
 
 
-def _in_short(error: Exception) -> str:
+def _in_short(error: BaseException) -> str:
     status = _status(error)
     return f"HTTP {status}" if status is not None else type(error).__name__
 
 
 def _explain(error: Exception, repo_id: str, endpoint: str, token: str) -> str:
     """The failure for the model's owner; addresses lose their query, which may be a signature."""
-    what = re.sub(r"(https?://[^\s'\"?]+)\?[^\s'\"]*", r"\1", str(error)).replace(token, "***").strip()
+    culprit = _culprit(error)
+    said = str(error) if culprit is error else f"{error} {_in_short(culprit)}: {culprit}"
+    what = re.sub(r"(https?://[^\s'\"?]+)\?[^\s'\"]*", r"\1", said).replace(token, "***").strip()
     safe = f"Nothing on this machine was changed, and {repo_id} is as it was."
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(culprit, OfflineModeIsEnabled):
         return f"HF_HUB_OFFLINE is set, so the Hub cannot be reached. Unset it and push again. {safe}"
-    status = _status(error)
-    if status in (401, 403):
+    status = _status(culprit)
+    # Of a large file it is the storage that answers, and that does not look at the token.
+    if status in (401, 403) and culprit is error:
         return (
             f"The Hub refuses this token (HTTP {status}): {what}\nIt must be allowed to write to {repo_id}: "
             f"see `hf auth whoami` and https://huggingface.co/settings/tokens. {safe}"
         )
-    if isinstance(error, HfHubHTTPError):
+    if status is not None or isinstance(error, HfHubHTTPError):
         return f"The Hub did not take {repo_id}: {what}\n{safe} The same command tries again."
-    if _is_network(error):
+    if _is_network(culprit):
         return (
-            f"{endpoint} cannot be reached ({type(error).__name__}: {what}). {safe} The same command tries "
+            f"{endpoint} cannot be reached ({type(culprit).__name__}: {what}). {safe} The same command tries "
             "again; what was uploaded is not uploaded twice."
         )
     return f"The push to {repo_id} failed ({type(error).__name__}: {what}). {safe}"

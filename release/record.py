@@ -13,14 +13,17 @@ from typing import Any
 
 import yaml
 
-from release.folder import ADAPTER_FILES, WEIGHTS_FILE, WEIGHTS_INDEX_FILE
+from release.folder import ADAPTER_FILES, AVERAGED_FOLDER, WEIGHTS_FILE, WEIGHTS_INDEX_FILE
 
 Z_95 = 1.959964  # standard deviations to either side of the mean that hold 95 % of a normal distribution
 
 
 @dataclass(frozen=True)
 class Record:
-    """An export and its run, read. `receipt` is of the training data."""
+    """An export and its run, read. `receipt` is of the training data.
+
+    `is_averaged` says that the weights are the run's moving average, of which less was measured.
+    """
 
     config: dict[str, Any]
     parameters: int | None
@@ -31,6 +34,7 @@ class Record:
     samples: list[dict[str, Any]]
     finetuning: dict[str, Any]
     hellaswag: dict[str, Any]
+    is_averaged: bool = False
 
     @property
     def is_dungeons(self) -> bool:
@@ -43,9 +47,23 @@ class Record:
         lines = [line for line in self.metrics if is_number(line.get("validation_loss"))]
         if not lines:
             return {}
+        line = lines[-1]
         if self.settings.get("export_best"):
-            return min(lines, key=lambda line: line["validation_loss"])
-        return lines[-1]
+            line = min(lines, key=lambda line: line["validation_loss"])
+        if not self.is_averaged:
+            return line
+        averaged = line.get("averaged_validation_loss")
+        return {"validation_loss": averaged} if is_number(averaged) else {}
+
+    @property
+    def quantisation(self) -> str:
+        """By what the weights were quantised, as a sentence; empty for weights that were not."""
+        settings = self.config.get("quantization_config")
+        if not isinstance(settings, dict):
+            return ""
+        text = json.dumps(settings)
+        bits = "four-bit " if '"int4"' in text else "eight-bit " if "Int8WeightOnly" in text else ""
+        return f"Its projections have {bits}weights, rounded by {settings.get('quant_method')}."
 
     @property
     def started(self) -> dict[str, Any]:
@@ -58,8 +76,13 @@ class Record:
         return next((line[name] for line in reversed(self.metrics) if is_number(line.get(name))), None)
 
 
-def read_record(folder: Path, run: Path | None, hellaswag: Path | None = None) -> Record:
-    """All of it. `hellaswag` is a results file of eval_hellaswag.py; else `hellaswag.json` of the run."""
+def read_record(
+    folder: Path, run: Path | None, hellaswag: Path | None = None, *, weights: Path | None = None
+) -> Record:
+    """All of it. `hellaswag` is a results file of eval_hellaswag.py; else `hellaswag.json` of the run.
+
+    `weights` is the export whose parameters are counted, where `folder` is another form of it.
+    """
     if run is None:
         beside: dict[str, Any] = {
             "settings": {},
@@ -81,8 +104,20 @@ def read_record(folder: Path, run: Path | None, hellaswag: Path | None = None) -
         }
         hellaswag = hellaswag or run / "hellaswag.json"
     scores = _mapping(hellaswag) if hellaswag else {}
+    is_averaged = (weights or folder).name == AVERAGED_FOLDER
+    if is_averaged:  # only its loss was measured; the rest is of the last weights
+        metrics = [line for line in beside["metrics"] if "hellaswag_acc_norm" not in line]
+        beside |= {"metrics": metrics, "samples": [], "finetuning": {}}
+        scores = {}
+    config = _mapping(folder / "config.json")
+    # What quantised weights are stored as has more numbers than the model has parameters.
+    counted = weights or (None if "quantization_config" in config else folder)
     return Record(
-        config=_mapping(folder / "config.json"), parameters=_parameters(folder), hellaswag=scores, **beside
+        config=config,
+        parameters=_parameters(counted) if counted is not None else None,
+        hellaswag=scores,
+        is_averaged=is_averaged,
+        **beside,
     )
 
 

@@ -22,6 +22,7 @@ LABELS = {
 BELOW = ("features", "exits", "inhabitants")  # stand below the rooms, the rest above
 COMMANDS = ("accelerate launch train_accelerate.py", "accelerate launch finetune.py", "python app.py")
 PROBLEM_CHARACTERS = 1500
+ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])/(?:[^/\s'\"]+/)*([^/\s'\"]+)/?")
 
 # For the element that holds entries; the buttons come and go with its content.
 COPY = """
@@ -104,6 +105,11 @@ def entry_as_html(entry: Entry, writing: bool = False) -> str:
     )
 
 
+def without_folders(text: str) -> str:
+    """Of absolute paths the last part: how the server's disk is laid out is for its log, not for visitors."""
+    return ABSOLUTE_PATH.sub(r"\1", text)
+
+
 def model_as_html(writer: Writer) -> str:
     """One line about the model, or all that a person needs where there is none."""
     if writer.state == "ready":
@@ -115,7 +121,7 @@ def model_as_html(writer: Writer) -> str:
         return '<p class="waiting">The model is being loaded. Fill in the fields meanwhile.</p>'
     return (
         '<div class="failed" role="alert"><h2>There is no model to write with</h2>'
-        f"<pre>{html.escape(writer.problem[:PROBLEM_CHARACTERS])}</pre>"
+        f"<pre>{html.escape(without_folders(writer.problem)[:PROBLEM_CHARACTERS])}</pre>"
         "<p>These commands make one, in about eight minutes on two CPU cores. <code>--model</code> takes "
         f"another folder, or the name of a model on the Hub.</p><pre>{chr(10).join(COMMANDS)}</pre>"
         "<p>Once it is there, just write again.</p></div>"

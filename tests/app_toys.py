@@ -1,6 +1,7 @@
 """A page that is served by a process of its own, a model small enough for it, and a browser to look at it."""
 
 import contextlib
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import torch
 from transformers import AutoTokenizer
 
 from modeling_gpt_scratch import GPTScratchForCausalLM
+from tests.gated import Gate
 from tests.test_release_export import write_export
-from tests.training_toys import environment, free_port
+from tests.training_toys import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(
@@ -24,6 +26,7 @@ CHROMIUM = next(
 )
 PATIENCE_SECONDS = 180  # for what takes a second or ten on an idle machine
 LETTERS = set("abcdefghijklmnopqrstuvwxyz ")
+BUSY = "document.querySelector('#current [aria-busy=true] .boxed')?.innerText.length > 3"  # it is writing
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
 
@@ -50,14 +53,19 @@ def write_writer(folder: Path, *, ends: bool = False, **overrides) -> Path:
 
 @contextlib.contextmanager
 def served(
-    log: Path, *arguments: str, command: list[str] | None = None, cwd: Path | None = None
+    log: Path,
+    *arguments: str,
+    command: list[str] | None = None,
+    cwd: Path | None = None,
+    variables: dict[str, str] | None = None,
 ) -> Iterator[tuple[str, subprocess.Popen]]:
-    """The address of a page, once it answers, and its process; what it prints goes to `log`."""
-    port = free_port()
-    command = command or [str(ROOT / "app.py"), "--port", str(port)]
-    env = {**environment(), "GRADIO_SERVER_PORT": str(port)}
-    if cwd is not None:
-        env.pop("PYTHONPATH")
+    """The address of a page, once it answers, and its process; what it prints goes to `log`.
+
+    Without a --port gradio takes the first that is free, also where two start at once, and says which.
+    """
+    command = command or [str(ROOT / "app.py")]
+    env = {**(variables or environment()), "PYTHONUNBUFFERED": "1"}
+    env.pop("GRADIO_SERVER_PORT", None)
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, *command, *arguments],
@@ -66,20 +74,21 @@ def served(
             stderr=file,
             cwd=cwd or log.parent,
         )
-    address = f"http://127.0.0.1:{port}"
     try:
         until = time.monotonic() + PATIENCE_SECONDS
-        while True:
-            try:
-                urllib.request.urlopen(address, timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
-                time.sleep(0.2)
-        yield address, process
+        while not (said := re.search(r"Running on local URL: +(http://\S+)", log.read_text())):
+            assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
+            time.sleep(0.1)
+        urllib.request.urlopen(said[1], timeout=PATIENCE_SECONDS).close()
+        yield said[1], process
     finally:
         process.terminate()
         process.wait()
+
+
+def gated(gate: Gate, *arguments: str) -> list[str]:
+    """A command for `served`: the page, whose model waits at the gate."""
+    return ["-m", "tests.gated", str(gate.folder), str(ROOT / "app.py"), *arguments]
 
 
 @contextlib.contextmanager

@@ -30,12 +30,13 @@ LARGE_FILES = (
 class HubServer:
     """`with HubServer({"owner/name": {"path": bytes}}) as hub:` serves at hub.url.
 
-    `troubles` are statuses (429, 503, …) or "cut" (the connection ends in the middle of a body); each is
-    dealt out once, at random moments. `scripted` maps a regular expression over "METHOD path" to troubles
-    dealt out in their order to what matches: also "drop" (no answer, nothing done), "lose" (done, no answer)
-    and "hang" (nothing done, no answer until `released` is set). `served` lists the (method, path, status) of
-    all answers, `uploads` the SHA-256 of every large file that came. With a `token`, writing and whatever is
-    in `private` take it; its owner is `user`.
+    `troubles` are statuses (429, 503, …), alone or with the answer's headers (429, {"Retry-After": "2"}), or
+    "cut" (the connection ends in the middle of a body); each is dealt out once, at random moments. `scripted`
+    maps a regular expression over "METHOD path" to troubles dealt out in their order to what matches: also
+    "drop" (no answer, nothing done), "lose" (done, no answer) and "hang" (nothing done, no answer until
+    `released` is set). `served` lists the (method, path, status) of all answers, `uploads` the SHA-256 of
+    every large file that came. With a `token`, writing and whatever is in `private` take it; its owner is
+    `user`.
     """
 
     def __init__(self, repositories, troubles=(), seed=0, *, scripted=None, token=None):
@@ -139,7 +140,9 @@ class Handler(BaseHTTPRequestHandler):
         self.lost = False
         trouble = self.hub.trouble(f"{self.command} {path}")
         if isinstance(trouble, int):
-            return self.send(trouble, b"try again", body, {"Retry-After": "0"})
+            trouble = (trouble, {"Retry-After": "0"})
+        if isinstance(trouble, tuple):
+            return self.send(trouble[0], b"try again", body, trouble[1])
         if trouble == "hang":
             self.hub.hanging.set()
             self.hub.released.wait()

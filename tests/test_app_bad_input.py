@@ -1,10 +1,25 @@
-"""A model that is not there, not whole, or taken away while it serves: the page says so and goes on."""
+"""A model that is not there yet, not whole, fails, or is taken away: the page says so and goes on."""
 
+import contextlib
+import re
 import shutil
 
 import pytest
 
-from tests.app_toys import CHROMIUM, chromium, fill, served, set_number, texts, visit, write_writer, written
+from tests.app_toys import (
+    BUSY,
+    CHROMIUM,
+    chromium,
+    fill,
+    gated,
+    served,
+    set_number,
+    texts,
+    visit,
+    write_writer,
+    written,
+)
+from tests.gated import Gate
 
 pytest.importorskip("playwright", reason="the browser is driven by playwright")
 pytestmark = [
@@ -56,3 +71,38 @@ def test_a_model_may_be_missing_then_broken_then_whole_then_gone(tmp_path):
         see(look)
         assert process.poll() is None
     assert "sewer" not in log.read_text() and "Traceback" not in log.read_text()
+
+
+def test_a_visitor_is_told_what_the_model_is_at(tmp_path):
+    """Loading; at the end of its context before the length that was asked for; failing in the middle."""
+    gate, log = Gate(tmp_path / "gate"), tmp_path / "log"
+    command = gated(gate, "--model", str(write_writer(tmp_path / "export")))
+
+    def look(browser, loading):
+        page = visit(browser, address, ready="The model is being loaded")
+        fill(page, setting="sewer")
+        set_number(page, "Length", 400)
+        page.click("#write")  # who is impatient loses nothing
+        loading.close()
+        rooms = written(page, "Room 1 is written")
+        assert len(rooms) == 3 and all(rooms)
+        assert re.search(r"Cut off: of the model's 128 tokens \d+ were left", page.inner_text("#status"))
+
+        with gate.closed():
+            page.click("#write")
+            gate.let(16)
+            page.wait_for_function(BUSY)
+            with gate.having("failure"):
+                gate.open()
+                said = page.wait_for_selector("#status [role=alert]")
+                assert said.inner_text() == "The model failed (MemoryError). Try once more."
+        assert texts(page)[0]  # what there was stays
+        page.click("#write")
+        assert all(written(page, "Room 3 is written"))
+        assert page.said == []
+
+    with contextlib.ExitStack() as loading:
+        loading.enter_context(gate.having("loading"))
+        with served(log, command=command) as (address, _), chromium() as see:
+            see(look, loading)
+    assert "Writing failed: MemoryError" in log.read_text() and "sewer" not in log.read_text()

@@ -56,7 +56,7 @@ def test_every_command_of_the_document_works(tmp_path):
     write_writer(tmp_path / "artifacts" / "runs" / "dungeons" / "export")
     for command in COMMANDS[:2]:
         arguments = [str(ROOT / "app.py"), *command[2:]]
-        if "--port" in arguments:  # one that is free here
+        if "--port" in arguments:  # whichever is free here
             del arguments[arguments.index("--port") :]
         with served(tmp_path / "log", command=arguments) as (_, process):
             assert process.poll() is None

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from release.folder import ReleaseError
 from space.assemble import assemble, main
 from tests.app_toys import CHROMIUM, ROOT, chromium, served, set_number, visit, write_writer, written
+from tests.declared import link_packages
 from tests.training_toys import environment
 
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")  # tomllib is not in Python 3.10
@@ -70,11 +71,19 @@ def test_the_folder_runs_where_nothing_of_ours_is(tmp_path):
     main([str(folder), "--model", str(write_writer(tmp_path / "export"))])
     files = "[getattr(module, '__file__', None) for module in sys.modules.values()]"
     show = f"import app, json, sys; print(json.dumps({files}))"
-    environ = environment()
-    environ.pop("PYTHONPATH")
+    # Of this environment the Space sees gradio, which is its own, and what its requirements.txt brings.
+    asked = [line for line in (folder / "requirements.txt").read_text().splitlines() if line[0] != "#"]
+    packages = link_packages(["gradio", *asked], tmp_path / "packages")
+    environ = {**environment(), "PYTHONPATH": str(packages), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", show], cwd=folder, env=environ, capture_output=True, text=True, timeout=300
+        [sys.executable, "-S", "-c", show],
+        cwd=folder,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
+    assert done.returncode == 0, done.stderr
     used = [Path(name) for name in json.loads(done.stdout.splitlines()[-1]) if name]
     assert not [file for file in used if file.is_relative_to(ROOT)], "something of the checkout was used"
 
@@ -85,5 +94,6 @@ def test_the_folder_runs_where_nothing_of_ours_is(tmp_path):
         page.click("#write")
         assert len(written(page)) == 3 and page.said == [] and page.outside == []
 
-    with served(tmp_path / "log", command=["start.py"], cwd=folder) as (address, _), chromium() as see:
+    start = served(tmp_path / "log", command=["-S", "start.py"], cwd=folder, variables=environ)
+    with start as (address, _), chromium() as see:
         see(look)

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from app import MAX_FIELD_CHARACTERS, MAX_NEW_TOKENS, fitting_fields, read_rooms, roll
 from data.dungeons import FIELDS, build_prompt
 from release.export import export_stock
-from space.entries import Entry, clean, entry_as_html, model_as_html
+from space.entries import Entry, clean, entry_as_html, model_as_html, without_folders
 from space.writer import SampleByRow, Writer
 from tests.app_toys import PATIENCE_SECONDS, write_writer
 from tests.test_release_export import write_export
@@ -112,6 +112,31 @@ def test_code_that_comes_with_a_model_is_run_only_if_that_was_said(tmp_path):
     writer = load(folder)
     assert writer.state == "failed" and "trust_remote_code" in writer.problem
     assert "trust_remote_code" in model_as_html(writer)
+
+
+def test_visitors_are_not_shown_where_things_lie_on_the_server(tmp_path, capfd):
+    folder = write_export(tmp_path / "export")
+    (folder / "model.safetensors").unlink()
+    writer = load(folder)
+    assert str(tmp_path) in writer.problem and str(tmp_path) in capfd.readouterr().err  # for its owner
+    shown = model_as_html(writer)
+    assert str(tmp_path) not in shown and "export is not a whole export" in shown
+    assert "model.safetensors is missing" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("OSError: '/srv/models/crypt/' is gone", "OSError: 'crypt' is gone"),
+        (
+            "see https://hf.co/docs/hub and a/b/c, and/or ./here",
+            "see https://hf.co/docs/hub and a/b/c, and/or ./here",
+        ),
+        ("(/home/me/.cache/x.json)", "(x.json)"),
+    ],
+)
+def test_of_a_path_the_last_part_is_shown(text, shown):
+    assert without_folders(text) == shown
 
 
 def test_weights_that_could_only_be_unpickled_are_refused(tmp_path):

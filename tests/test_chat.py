@@ -1,6 +1,7 @@
 """`chat.py`: people without a browser are served, whatever they type, and nothing steers their terminal."""
 
 import io
+import json
 import os
 import pty
 import select
@@ -81,6 +82,14 @@ def test_what_a_model_writes_cannot_steer_the_terminal(capsys, folder):
     [
         (["--model", "no/such-folder"], "cannot load the model 'no/such-folder'"),
         (["--max_new_tokens", "128"], r"max_new_tokens=128 is not in 1\.\.127"),
+        (["--seed", "-1"], r"seed=-1 is not in 0\.\.4294967295"),
+        (["--seed", str(2**32)], r"is not in 0\.\.4294967295"),
+        (["--temperature", "nan"], "temperature=nan is not a number from 0 up"),
+        (
+            ["--top_p", "0", "--temperature", "-1"],
+            "temperature=-1.0 is .*; top_p=0.0 is not above 0 and at most",
+        ),
+        (["--top_p", "2"], "top_p=2.0 is not above 0 and at most 1"),
     ],
 )
 def test_what_cannot_work_is_one_line(monkeypatch, folder, flags, reason):
@@ -88,26 +97,43 @@ def test_what_cannot_work_is_one_line(monkeypatch, folder, flags, reason):
         type_lines(monkeypatch, folder, [], *flags)
 
 
+def test_code_that_comes_with_a_model_is_run_only_if_that_was_said(tmp_path):
+    folder = write_export(tmp_path / "export")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "somebody_elses"}))
+    code = folder / "configuration_gpt_scratch.py"
+    code.write_text(code.read_text().replace('model_type = "gpt_scratch"', 'model_type = "somebody_elses"'))
+    command = [sys.executable, str(ROOT / "chat.py"), "--model", str(folder), "--max_new_tokens", "8"]
+    options = {"input": "The bell\n", "capture_output": True, "text": True, "timeout": 300}
+    options["env"] = {**environment(), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    plain = subprocess.run(command, **options)
+    assert plain.returncode == 1 and "error: cannot load the model" in plain.stderr
+    assert "trust_remote_code" in plain.stderr and not (tmp_path / "modules").exists()
+    trusted = subprocess.run([*command, "--trust_remote_code"], **options)
+    assert trusted.returncode == 0 and trusted.stdout.count("> ") == 2, trusted.stderr
+
+
 @pytest.mark.slow
 def test_in_a_real_terminal_ctrl_c_stops_the_text_and_ctrl_d_ends(tmp_path):
+    """A text of a hundred thousand tokens would take hours to come to its end by itself."""
     torch.manual_seed(0)
-    folder = write_export(tmp_path / "export", n_positions=4096)
+    folder = write_export(tmp_path / "export", n_positions=2**17)
     master, slave = pty.openpty()
-    command = [sys.executable, str(ROOT / "chat.py"), "--model", str(folder), "--max_new_tokens", "4000"]
+    command = [sys.executable, str(ROOT / "chat.py"), "--model", str(folder), "--max_new_tokens", "100000"]
     process = subprocess.Popen(
         command, stdin=slave, stdout=slave, stderr=subprocess.DEVNULL, env=environment(), cwd=tmp_path,
         start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     os.close(slave)
     try:
-        read_until(master, b"> ", 120)
+        read_until(master, b"> ", 300)
         os.write(master, b"The bell\n")
-        read_until(master, b"\n", 60)
-        assert len(read_until(master, b"", 5)) > 0  # it is writing
+        read_until(master, b"\n", 300)
+        assert len(read_until(master, b"", 300)) > 0  # it is writing
         process.send_signal(signal.SIGINT)
-        read_until(master, b"\n> ", 60)
+        read_until(master, b"\n> ", 300)
         os.write(master, b"\x04")
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
     finally:
         process.kill()
         os.close(master)

@@ -89,6 +89,7 @@ with sync_playwright() as playwright:
     browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
     for width, height in ((390, 844), (1280, 900)):
         context = browser.new_context(viewport={"width": width, "height": height})
+        context.set_default_timeout(180_000)
         page, said, asked = context.new_page(), [], []
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
@@ -107,7 +108,7 @@ with sync_playwright() as playwright:
             page.locator("input.md-search__input").click()
             page.keyboard.type("linear_cross_entropy", delay=20)
             found = page.locator(".md-search-result__item a").first
-            found.wait_for(timeout=20000)
+            found.wait_for()
             assert "api/model.html" in found.get_attribute("href"), found.get_attribute("href")
             found.click()
             page.wait_for_url("**/api/model.html*")

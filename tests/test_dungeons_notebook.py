@@ -9,14 +9,17 @@ nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
 
 
-def test_the_notebook_is_kept_without_outputs():
-    notebook = nbformat.read(ROOT / "notebooks" / "distillation.ipynb", as_version=4)
+def test_the_notebook_is_kept_as_it_ran():
+    """From top to bottom, in one go, and small enough to be looked at in a diff."""
+    path = ROOT / "notebooks" / "distillation.ipynb"
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    assert all(
-        not cell.outputs and cell.execution_count is None
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-    )
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert path.stat().st_size < 1_000_000
 
 
 @pytest.mark.slow

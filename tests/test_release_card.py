@@ -12,8 +12,9 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from data.dungeons import FIELDS, build_prompt
 from evaluation.statistics import proportion
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
-from release.card import DUNGEON_FIELDS, main
+from release.card import for_repository, keep_owners_words, main
 from release.record import wilson_interval
+from release.sections import DUNGEON_FIELDS
 from tests.hub_server import card_problems
 
 METRICS = [
@@ -44,11 +45,8 @@ SAMPLES = [
 ]
 
 
-@pytest.fixture
-def run(tmp_path):
-    torch.manual_seed(0)
-    run = tmp_path / "crypt"
-    GPTScratchForCausalLM(GPTScratchConfig.preset("tiny")).save_pretrained(run / "export")
+def write_record(run):
+    """The files of a run, beside its export."""
     (run / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in METRICS) + '{"step": 3, "l'
     )
@@ -58,6 +56,14 @@ def run(tmp_path):
     settings = {"learning_rate": 6e-4, "batch_tokens": 524288, "source": "fineweb-edu", "seed": 1337}
     (run / "settings.yaml").write_text(yaml.safe_dump(settings))
     (run / "loss.png").write_bytes(b"\x89PNG\r\n")
+
+
+@pytest.fixture
+def run(tmp_path):
+    torch.manual_seed(0)
+    run = tmp_path / "crypt"
+    GPTScratchForCausalLM(GPTScratchConfig.preset("tiny")).save_pretrained(run / "export")
+    write_record(run)
     return run
 
 
@@ -170,6 +176,50 @@ def test_a_card_that_a_person_wrote_is_left_alone(run):
     # A run that is repeated writes its card again: what its owner said is not lost.
     assert card_of(run) == named
     assert "license: apache-2.0\n" in card_of(run, "--license", "apache-2.0")
+
+
+def test_an_owners_licence_and_language_outlive_whatever_is_written_anew(run):
+    """Also those that the Hub's page has put into the metadata, in forms that our flags do not know."""
+    plain = card_of(run)
+    there = "---\nlanguage: [en, de]\nlicense: other\nlicense_name: crypt\nlicense_link: LICENSE\n---\n"
+    kept = keep_owners_words(plain, there)
+    told = ModelCard(kept).data.to_dict()
+    for name, value in yaml.safe_load(there.split("---\n")[1]).items():
+        assert told[name] == value
+    assert "under the licence `other`" in kept and "Nobody has said" not in kept
+    changed = {"language", "license", "license_name", "license_link"}
+    before = ModelCard(plain).data.to_dict()
+    assert {name: told[name] for name in told.keys() - changed} == before
+    assert kept.split("## Limits")[0].split("---\n", 2)[2] == plain.split("## Limits")[0].split("---\n", 2)[2]
+    newer = card_of(run, "--license", "mit")
+    assert "license_name" not in keep_owners_words(newer, there) and "license: mit\n" in newer
+    for empty in (plain, "no metadata at all", ""):
+        assert keep_owners_words(plain, empty) == plain
+
+
+def test_only_commands_get_the_repositorys_name_and_samples_stay_as_they_came(run):
+    """A model of documentation writes such lines itself."""
+    text = 'pipe = pipeline(model="gpt2")\nhf download gpt2 model\nAuto.from_pretrained("gpt2")'
+    (run / "samples.jsonl").write_text(json.dumps({"step": 2, "prompt": "Use it: ", "text": text}) + "\n")
+    card = for_repository(card_of(run), "user/crypt")
+    assert f"```text\nUse it: {text}\n```" in card
+    assert 'pipeline("text-generation", model="user/crypt", trust_remote_code=True)' in card
+    assert "\nhf download user/crypt training/settings.yaml --local-dir .\n" in card
+
+
+def test_the_card_of_averaged_weights_tells_what_was_measured_of_them(run):
+    """It is the run's second export; loss, scores and samples of the first are not its own."""
+    lines = [{**line} for line in METRICS]
+    lines[1]["averaged_validation_loss"], lines[3]["averaged_validation_loss"] = 5.25, 5.125
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "export").rename(run / "export-ema")
+    main([str(run / "export-ema")])
+    card = (run / "export-ema" / "README.md").read_text()
+    assert "the moving average of the run's" in card and "| validation loss | 5.1250 nats/token |" in card
+    for other in ("5.75", "HellaSwag", "## Samples", "bits per byte"):
+        assert other not in card
+    results = model_index_to_eval_results(ModelCard(card).data.to_dict()["model-index"])[1]
+    assert {result.metric_type: result.metric_value for result in results}["loss"] == 5.125
 
 
 def test_an_adapters_card_says_that_its_base_is_needed(run):

@@ -2,22 +2,27 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from data.tokenizer import gpt2_tokenizer, train_tokenizer
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
+from release.card import main as describe
 from release.export import export_gguf, export_stock
 from release.export import main as export
 from release.folder import ReleaseError
 from release.verify import main as verify_main
 from release.verify import relative_difference, verify
+from tests.hub_server import card_problems
+from tests.test_release_card import write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["The bell in the crypt is cracked and the rope is wet.", "Water slides over the sluice wheel."] * 20
@@ -47,14 +52,12 @@ def logits_of(model):
 
 
 def test_the_stock_folder_needs_no_code_of_ours(folder, tmp_path):
-    (folder / "README.md").write_text('pipeline("text-generation", model="x", trust_remote_code=True)')
     export([str(folder), "--stock", str(tmp_path / "stock")])
     names = {path.name for path in (tmp_path / "stock").iterdir()}
     assert not [name for name in names if name.endswith(".py")]
-    assert {"model.safetensors", "generation_config.json", "tokenizer.json", "README.md"} <= names
+    assert {"model.safetensors", "generation_config.json", "tokenizer.json"} <= names
     config = json.loads((tmp_path / "stock" / "config.json").read_text())
     assert config["architectures"] == ["GPT2LMHeadModel"] and "auto_map" not in config
-    assert "trust_remote_code" not in (tmp_path / "stock" / "README.md").read_text()
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
     assert type(stock) is GPT2LMHeadModel
     ours = GPTScratchForCausalLM.from_pretrained(folder)
@@ -63,6 +66,53 @@ def test_the_stock_folder_needs_no_code_of_ours(folder, tmp_path):
     chat = [{"role": "user", "content": "The bell"}, {"role": "assistant", "content": "is cracked"}]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "stock")
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "The bell\nis cracked"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run with the card of its export."""
+    write_export(tmp_path / "crypt" / "export")
+    write_record(tmp_path / "crypt")
+    describe([str(tmp_path / "crypt"), "--license", "mit", "--language", "en"])
+    return tmp_path / "crypt"
+
+
+def card_of_a_form(run, flags, output):
+    export([str(run / "export"), *flags, str(output)])
+    assert (output / "loss.png").read_bytes() == (run / "loss.png").read_bytes()
+    card = (output / "README.md").read_text()
+    assert card_problems(card) == [] and "![Training and validation loss](loss.png)" in card
+    assert "training/settings.yaml" not in card  # what is not beside it
+    return card, ModelCard(card).data
+
+
+def test_the_stock_folders_card_is_of_the_stock_folder(run, tmp_path):
+    """It used to be the export's, which told of code files and a tag that were not there."""
+    card, data = card_of_a_form(run, ["--stock"], tmp_path / "crypt-stock")
+    for gone in ("trust_remote_code", "three files of PyTorch", "custom_code"):
+        assert gone not in card
+    assert 'model="crypt-stock")' in card and "GPT2LMHeadModel" in card and "# crypt-stock\n" in card
+    assert (data.license, data.language) == ("mit", "en")
+    whole = ModelCard.load(run / "export" / "README.md").data
+    assert data.eval_results == whole.eval_results  # the same numbers: the logits are equal
+
+
+@pytest.mark.parametrize("kind, bits", [("int8", "eight"), ("int4", "four")])
+def test_a_quantised_folders_card_claims_no_result_of_the_unquantised_model(run, tmp_path, kind, bits):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    card, data = card_of_a_form(run, ["--torchao", kind], tmp_path / kind)
+    assert data.eval_results is None and "model-index" not in card and data.license == "mit"
+    assert f"{bits}-bit weights, rounded by torchao" in card and "pip install torchao" in card
+    assert "## Results before quantising" in card and "## Samples before quantising" in card
+    parameters = GPTScratchForCausalLM.from_pretrained(run / "export").num_parameters()
+    assert f"{parameters:,} parameters" in card and f'model="{kind}", trust_remote_code=True' in card
+
+
+def test_a_card_that_a_person_wrote_goes_along_as_it_is(run, tmp_path):
+    words = '# Mine\npipeline("text-generation", model="x", trust_remote_code=True)\n'
+    (run / "export" / "README.md").write_text(words)
+    export([str(run / "export"), "--stock", str(tmp_path / "stock")])
+    assert (tmp_path / "stock" / "README.md").read_text() == words
 
 
 @pytest.mark.parametrize("overrides", [{}, {"n_inner": 96}, {"tie_word_embeddings": False}], ids=str)
@@ -167,6 +217,34 @@ def test_verify_finds_a_folder_whose_code_computes_something_else(folder, capsys
     assert re.search(r"stock +ok", table)
 
 
+def test_verify_tells_of_code_that_ends_its_process_without_a_word(folder, capsys):
+    code = folder / "modeling_gpt_scratch.py"
+    code.write_text(code.read_text() + "\n\nimport os\n\nos._exit(3)\n")
+    with pytest.raises(SystemExit, match="remote-code failed"):
+        verify_main([str(folder), "--only", "remote-code"])
+    assert "RuntimeError: its process ended with the status 3" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+def test_verify_notices_a_compiler_that_writes_another_text(folder, monkeypatch):
+    """The tokens once came from the model as it is, beside logits of the compiled one."""
+    plain = GPTScratchForCausalLM.forward
+
+    def forward(self, input_ids=None, **more):
+        output = plain(self, input_ids=input_ids, **more)
+        if torch.compiler.is_compiling() and input_ids.shape[1] == 1:  # as a miscompiled cache would show
+            output.logits = -output.logits
+        return output
+
+    (outcome,) = verify(folder, ["compile"])
+    assert (outcome.status, outcome.same_tokens) == ("ok", 12)
+    monkeypatch.setattr(GPTScratchForCausalLM, "forward", forward)
+    torch.compiler.reset()
+    (outcome,) = verify(folder, ["compile"])
+    assert outcome.status == "FAILED" and "where our model writes" in outcome.note, outcome
+
+
 @pytest.mark.slow
 def test_verify_names_what_is_not_installed_and_how_to_get_it(folder):
     hidden = "import sys; sys.modules.update(dict.fromkeys(['gguf', 'llama_cpp', 'onnxruntime', 'torchao']))"
@@ -177,7 +255,7 @@ def test_verify_names_what_is_not_installed_and_how_to_get_it(folder):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     for name, package in (("gguf", "gguf"), ("llama.cpp", "llama-cpp-python"), ("torchao-int8", "torchao")):

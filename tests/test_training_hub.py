@@ -3,9 +3,12 @@
 import hashlib
 import json
 import signal
+import socket
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,6 @@ from training_toys import (
     ROOT,
     as_flags,
     environment,
-    free_port,
     train_command,
     train_flags_here,
     write_toy_shards,
@@ -26,6 +28,7 @@ from training_toys import (
 
 from data.tokenizer import train_tokenizer
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
+from tests.gated import wait_until
 from tests.hub_server import HubServer, card_problems
 from training.checkpoint import complete_checkpoints
 from training.finetuning import FinetuneSettings
@@ -77,9 +80,12 @@ def run(env, *launch, **settings) -> subprocess.CompletedProcess[str]:
     )
 
 
-def nobody() -> str:
-    """An address at which nobody listens."""
-    return f"http://127.0.0.1:{free_port()}"
+@contextmanager
+def nobody() -> Iterator[str]:
+    """An address at which nobody listens, nor ever will: the port is taken, and deaf."""
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{deaf.getsockname()[1]}"
 
 
 def test_wrong_settings_for_the_hub_are_named_all_at_once():
@@ -97,6 +103,9 @@ def test_wrong_settings_for_the_hub_are_named_all_at_once():
     assert "3 problems" in said and said.count("is of no use without push_to_hub") == 3
     assert "must be one of end, every_save; is 'often'" in complaint("--hub_strategy", "often")
     assert "hub_minutes must be at least 0" in complaint("--hub_minutes", "-1")
+    # It once was taken, and the export was not even tried.
+    said = complaint("--push_to_hub", "--hub_model_id", "crypt", "--hub_minutes", "0")
+    assert "hub_minutes=0 leaves no time" in said and "2 problems" in said
     lora = ["--push_to_hub", "--hub_model_id", "user/toy", "--hub_strategy", "every_save", "--method", "lora"]
     assert "a checkpoint of LoRA is no model to load" in complaint(*lora, cls=FinetuneSettings)
     assert parse_settings(TrainSettings, as_flags(PUSH)).hub_model_id == "user/toy"
@@ -185,7 +194,6 @@ def test_every_checkpoint_is_pushed_while_training_goes_on_and_the_export_last(s
     settings = {"shards": shards, "run_dir": tmp_path / "run", **PUSH, "hub_strategy": "every_save"}
     settings |= {
         "max_steps": 100_000,
-        "max_minutes": 2,
         "save_every_steps": 20,
         "keep_last": 1,
         "keep_best": "false",
@@ -202,11 +210,11 @@ def test_every_checkpoint_is_pushed_while_training_goes_on_and_the_export_last(s
             stderr=subprocess.STDOUT,
             text=True,
         )
-        deadline = time.monotonic() + 110
-        while len(hub.snapshots) < 3 and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.2)
-        stop.touch()
-        said, _ = process.communicate(timeout=120)
+        with ThreadPoolExecutor(1) as pool:  # a pipe that nobody empties would stop the run
+            output = pool.submit(process.communicate)
+            wait_until(lambda: len(hub.snapshots) >= 3 or process.poll() is not None)
+            stop.touch()
+            said, _ = output.result(300)
         assert process.returncode == 0, said
         assert len(hub.snapshots) >= 3, said
         assert "Stopped after step" in said and "Not pushed" not in said and TOKEN not in said
@@ -232,8 +240,8 @@ def test_a_hub_in_trouble_takes_nothing_from_a_run(shards, tmp_path, trouble):
     settings = {"shards": shards, "run_dir": tmp_path / "run", **PUSH, "hub_strategy": "every_save"}
     settings["hub_minutes"] = 0.15
     token = "hf_another" + "one" * 5
-    with HubServer({}, token=TOKEN, scripted=TROUBLES.get(trouble)) as hub:
-        there = nobody() if trouble == "nobody is there" else hub
+    with HubServer({}, token=TOKEN, scripted=TROUBLES.get(trouble)) as hub, nobody() as empty:
+        there = empty if trouble == "nobody is there" else hub
         done = run(
             at_the_hub(there, tmp_path / "here", token=token if "token" in trouble else TOKEN), **settings
         )
@@ -270,9 +278,9 @@ def test_ctrl_c_in_training_does_not_wait_for_a_checkpoint_that_hangs(shards, tm
             stderr=subprocess.STDOUT,
             text=True,
         )
-        assert hub.hanging.wait(150)
+        assert hub.hanging.wait(300)
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=300)
         assert not hub.repositories["user/toy"]
     assert process.returncode == 0, said
     assert "a signal asked for it" in said and "was not done after 3 s and is given up" in said
@@ -292,9 +300,9 @@ def test_ctrl_c_while_the_hub_hangs_ends_at_once_with_the_run_complete(shards, t
             # What runs the tests in the background may have had Ctrl-C ignored, and that is inherited.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
-        assert hub.hanging.wait(120)
+        assert hub.hanging.wait(300)
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert "the Hub is not waited for" in said and "Traceback" not in said
     assert (tmp_path / "run" / "export" / "model.safetensors").exists()

@@ -72,6 +72,8 @@ def test_the_average_is_validated_and_exported_beside_the_weights(unbroken):
     for name, tensor in average.items():
         assert not torch.equal(tensor, weights[name]), name
         assert torch.equal(tensor, kept[f"{name}/average"][: len(tensor)]), name
+    card = (unbroken / "export-ema" / "README.md").read_text()
+    assert f"| validation loss | {validations[-1]['averaged_validation_loss']:.4f} nats/token |" in card
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from training.run_directory import on_main_process
 from training.settings import SettingsError
 
 CARD_FILE = "README.md"  # of an export
+AVERAGED_FOLDER = "export-ema"  # beside the export, where an average of the weights was kept
 # Of a run that was stopped: whoever stopped it is waiting.
 SECONDS_FOR_THE_HUB_AFTER_A_STOP = 30.0
 
@@ -74,7 +75,9 @@ class Publisher:
                 return
             # Once for each export: a run that was complete stays as it is, unless others are to see it.
             if self._pushes is not None or not (export / CARD_FILE).exists():
-                self._describe(export)
+                self._describe(export, repo_id=self._settings.hub_model_id or None)
+                if (averaged := self._run_dir / AVERAGED_FOLDER).exists():
+                    self._describe(averaged)  # it is pushed by hand, under a name of its own
             if self._pushes is not None:
                 _say(f"Pushing {export} to the Hub as {self._settings.hub_model_id}.")
                 url = self._pushes.finish(export, waits)
@@ -83,13 +86,13 @@ class Publisher:
         except KeyboardInterrupt:
             _say("Ctrl-C: the Hub is not waited for. The run is complete, and its files are all here.")
 
-    def _describe(self, export: Path) -> None:
+    def _describe(self, export: Path, **details: Any) -> None:
         try:
             draw_losses([self._run_dir], self._run_dir / PICTURE_FILE)
         except Exception as error:
             _say(f"{PICTURE_FILE} was not drawn: {error}")
         try:
-            self._write_card(export, self._run_dir, repo_id=self._settings.hub_model_id or None)
+            self._write_card(export, self._run_dir, **details)
         except Exception as error:
             _say(f"The model card was not written: {error}")
 

@@ -260,8 +260,11 @@ class TrainSettings:
             asked = {"hub_model_id": self.hub_model_id, "hub_private": self.hub_private}
             asked["hub_strategy every_save"] = self.hub_strategy == "every_save"
             return [f"{name} is of no use without push_to_hub" for name, given in asked.items() if given]
+        problems = []
+        if not self.hub_minutes:
+            problems.append("hub_minutes=0 leaves no time for the export to arrive; 30 is the default")
         if not self.hub_model_id:
-            return ["push_to_hub needs a hub_model_id, the model's name on the Hub: user/name"]
+            return [*problems, "push_to_hub needs a hub_model_id, the model's name on the Hub: user/name"]
         why = "the owner is missing"
         try:
             validate_repo_id(self.hub_model_id)
@@ -269,10 +272,11 @@ class TrainSettings:
             why = str(error)
         else:
             if "/" in self.hub_model_id:
-                return []
+                return problems
         return [
+            *problems,
             f"hub_model_id={self.hub_model_id!r} is no name that the Hub takes ({why}); it is user/name, of "
-            "letters, digits, '-', '_' and '.'"
+            "letters, digits, '-', '_' and '.'",
         ]
 
 
