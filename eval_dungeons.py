@@ -4,8 +4,8 @@ python eval_dungeons.py --models artifacts/runs/dungeons/export openai-community
 """
 
 import argparse
-import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from evaluation.diversity import CopyIndex
 from evaluation.dungeons import Room, bits_per_byte, describe_texts, read_rooms
 from evaluation.endpoint import Endpoint, EndpointError
 from evaluation.generation import generate_samples
-from evaluation.judge import compare_blind, rate
-from evaluation.loading import load_causal_model
+from evaluation.judge import Rating, judge_texts
+from evaluation.loading import identify, load_causal_model
 from evaluation.mauve_score import mauve_scores, require_mauve
+from evaluation.writers import Written, keep, kept, write_remotely
 from training.device import choose_precision, start_processes
 
 PERSON = "held-out descriptions"
@@ -40,19 +41,13 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.9, help="0: greedy (%(default)s)")
     parser.add_argument("--top_p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--contestants", nargs="+", default=[], help="names of models behind --contestant_url"
-    )
-    parser.add_argument(
-        "--contestant_url", help="OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1"
-    )
+    parser.add_argument("--contestants", nargs="+", default=[], help="models behind --contestant_url")
+    parser.add_argument("--contestant_url", help="OpenAI-compatible, such as http://127.0.0.1:8000/v1")
     parser.add_argument("--contestant_api", choices=("chat", "completions"), default="chat")
     parser.add_argument("--judge_url", help="OpenAI-compatible endpoint of a judge")
     parser.add_argument("--judge_model", help="the judge's name there")
     parser.add_argument("--judge_api", choices=("chat", "completions"), default="chat")
-    parser.add_argument(
-        "--mauve_model", help="model whose features MAUVE compares; needs `pip install mauve-text`"
-    )
+    parser.add_argument("--mauve_model", help="whose features MAUVE compares; needs `pip install mauve-text`")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
     parser.add_argument("--output", type=Path, default=Path("artifacts/eval_dungeons"), help="a folder")
@@ -63,6 +58,11 @@ def main() -> None:
         parser.error("--contestants and --contestant_url belong together")
     if bool(arguments.judge_url) != bool(arguments.judge_model):
         parser.error("--judge_url and --judge_model belong together")
+    names = Counter([PERSON, *arguments.models, *arguments.contestants])
+    if twice := [name for name, times in names.items() if times > 1]:
+        parser.error(f"each writer needs a name of its own, and {', '.join(twice)} stands there twice")
+    if not start_processes().is_main_process:
+        return  # nothing here is shared out; several processes would write the same files
     try:
         compare(arguments)
     except (ValueError, EndpointError) as error:
@@ -74,55 +74,48 @@ def compare(arguments: argparse.Namespace) -> None:
     training = CopyIndex([room.description for room in read_rooms(arguments.train_data)])
     if arguments.mauve_model:
         require_mauve()  # now, not after an hour of writing
+    prompts = [room.prompt for room in rooms]
+    sampling = {key: getattr(arguments, key) for key in ("max_new_tokens", "temperature", "top_p", "seed")}
 
-    results: dict[str, dict[str, Any]] = {PERSON: {}}
-    texts = {PERSON: [room.description for room in rooms]}
+    writers = {PERSON: Written([room.description for room in rooms])}
     for name in arguments.models:
         print(f"{name}: predicting and writing {len(rooms)} descriptions", flush=True)
-        texts[name], results[name] = write_locally(name, rooms, arguments)
+        writers[name] = write_locally(name, rooms, sampling, arguments)
     for name in arguments.contestants:
         print(f"{name}: writing {len(rooms)} descriptions at {arguments.contestant_url}", flush=True)
         endpoint = Endpoint(arguments.contestant_url, name, chat=arguments.contestant_api == "chat")
-        sampling = {"max_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
-        prompts = [room.prompt for room in rooms]
-        texts[name], results[name] = endpoint.write(prompts, seed=arguments.seed, **sampling)
-    for name, numbers in results.items():
-        numbers |= describe_texts(texts[name], rooms, training)
+        theirs = {"max_tokens" if key == "max_new_tokens" else key: value for key, value in sampling.items()}
+        writers[name] = write_remotely(endpoint, prompts, theirs, arguments.output / "texts.jsonl")
+    texts = {name: written.texts for name, written in writers.items()}
+    results = {
+        name: written.numbers | describe_texts(written.texts, rooms, training)
+        for name, written in writers.items()
+    }
     if arguments.mauve_model:
         options = {"trust_remote_code": arguments.trust_remote_code}
         scores = mauve_scores(texts, PERSON, arguments.mauve_model, start_accelerator(), **options)
         for name, score in scores.items():
             results[name]["mauve"] = score
 
-    report: dict[str, Any] = {
-        "data": str(arguments.data),
-        "rows": len(rooms),
-        "mauve_model": arguments.mauve_model,
-        "sampling": {
-            key: getattr(arguments, key) for key in ("max_new_tokens", "temperature", "top_p", "seed")
-        },
-    }
+    report: dict[str, Any] = {"data": str(arguments.data), "rows": len(rooms), "sampling": sampling}
+    report["mauve_model"] = arguments.mauve_model
+    ratings: dict[str, Rating] = {}
     if arguments.judge_url:
         judge = Endpoint(arguments.judge_url, arguments.judge_model, chat=arguments.judge_api == "chat")
-        verdicts = compare_blind(judge, [room.prompt for room in rooms], texts)
-        unusable = sum(verdict.score is None for verdict in verdicts)
-        print(
-            f"judge: {len(verdicts)} verdicts, {unusable} unusable; asked again: {judge.retries or 'never'}"
-        )
-        ratings = rate(verdicts) if unusable < len(verdicts) else {}  # the other numbers still stand
-        for name, rating in ratings.items():
-            results[name] |= {"rating": rating.value, "rating_95": [rating.low, rating.high]}
-            print(f"  {name}: {rating.value:+.0f}, 95% [{rating.low:+.0f}, {rating.high:+.0f}]")
-        report["judge"] = {"model": judge.model, "unusable": unusable, "retries": judge.retries}
-        report["verdicts"] = [dataclasses.asdict(verdict) for verdict in verdicts]
+        ratings, judged = judge_texts(judge, prompts, texts)
+        report |= judged
+    for name, rating in ratings.items():
+        results[name] |= {"rating": rating.value, "rating_95": [rating.low, rating.high]}
 
     print(table(results))
     arguments.output.mkdir(parents=True, exist_ok=True)
-    report |= {"results": results, "prompts": [room.prompt for room in rooms], "texts": texts}
+    report |= {"results": results, "prompts": prompts, "texts": texts}
     (arguments.output / "results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     chart(results, arguments.output / "results.png")
-    page([room.prompt for room in rooms], texts, arguments.output / "blind.html", seed=arguments.seed)
+    page(prompts, texts, arguments.output / "blind.html", seed=arguments.seed)
     print(f"written: results.json, results.png and blind.html (to read blind) in {arguments.output}")
+    if arguments.judge_url and not ratings:
+        raise ValueError("the judge gave no verdict, for the reasons above; all else is written")
 
 
 def start_accelerator() -> Accelerator:
@@ -130,17 +123,23 @@ def start_accelerator() -> Accelerator:
 
 
 def write_locally(
-    name: str, rooms: list[Room], arguments: argparse.Namespace
-) -> tuple[list[str], dict[str, Any]]:
-    """A local model's texts, and its bits per byte on the held-out ones."""
+    name: str, rooms: list[Room], sampling: dict[str, Any], arguments: argparse.Namespace
+) -> Written:
+    """A local model's texts, and its bits per byte on the held-out ones; kept for the next time."""
     accelerator = start_accelerator()
     best = choose_precision(accelerator.device, "auto").value
     dtype = best if arguments.dtype == "auto" else arguments.dtype
     options = {"device": accelerator.device, "trust_remote_code": arguments.trust_remote_code}
     model, tokenizer = load_causal_model(name, dtype=dtype, **options)
-    numbers = {"bits_per_byte": bits_per_byte(model, tokenizer, rooms, accelerator), "dtype": dtype}
-    sampling = {key: getattr(arguments, key) for key in ("max_new_tokens", "temperature", "top_p", "seed")}
-    return generate_samples(model, tokenizer, [room.prompt for room in rooms], **sampling), numbers
+    asked = {"rooms": [[room.prompt, room.description] for room in rooms], **sampling}
+    asked |= identify(model, tokenizer)
+    written = kept(arguments.output / "texts.jsonl", asked)
+    if written is None:
+        numbers = {"bits_per_byte": bits_per_byte(model, tokenizer, rooms, accelerator), "dtype": dtype}
+        texts = generate_samples(model, tokenizer, [room.prompt for room in rooms], **sampling)
+        written = Written([*texts], numbers)
+        keep(arguments.output / "texts.jsonl", asked, written)
+    return written
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def train(
     eval_batches = -(-settings.eval_tokens // (rows * settings.block_size))
     prompts, temperature = settings.sample_prompts, settings.sample_temperature
     token_bytes = token_bytes_or_none(tokenizer, warn=accelerator.print)
-    evaluate = partial(evaluate_loss, token_bytes=token_bytes, max_batches=eval_batches)
+    evaluate = partial(evaluate_loss, token_bytes=token_bytes, max_batches=eval_batches, allow_nan=True)
     validate = partial(evaluate, model, loader(eval_set, seed=None), accelerator)
     average = WeightAverage(accelerator, model, optimizer, settings.ema_decay)
     sample = partial(generate_samples, accelerator=accelerator, temperature=temperature, seed=0)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import lzma
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,6 +36,12 @@ class Question:
     label: int
     source: str
 
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that stand for all that is asked and the answer, wherever the row stands."""
+        asked = [self.activity_label, self.ctx_a, self.ctx_b, self.ctx, self.endings, self.label]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
 
 def load_questions(source: str, *, split: str = "validation", limit: int | None = None) -> list[Question]:
     """The first `limit` questions (all if None) of a Hub dataset such as Rowan/hellaswag or of a local
@@ -45,9 +51,11 @@ def load_questions(source: str, *, split: str = "validation", limit: int | None 
     the Hub.
 
     Raises:
-        ValueError: if there is no such file or dataset, or for the first rows that are wrong, each with its
-        line.
+        ValueError: if the limit is not positive, if there is no such file or dataset, or for the first rows
+            that are wrong, each with its line.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"a limit of {limit} questions leaves none; give at least 1")
     path = Path(source)
     if path.is_file():
         return parse_questions(_numbered_lines(path), limit=limit)
@@ -65,9 +73,28 @@ def load_questions(source: str, *, split: str = "validation", limit: int | None 
     return parse_questions(((f"row {number}", row) for number, row in enumerate(rows)), limit=limit)
 
 
+def origin(source: str, split: str) -> dict[str, str | None]:
+    """The dataset's `type`, `name` and `split` for a model card, of questions that `load_questions` takes.
+
+    A file is its owner's, of no known split, unless its bytes are the official validation file's.
+    """
+    path = Path(source)
+    if not path.is_file():
+        name = "HellaSwag" if source == HUB_ID else source.rsplit("/", 1)[-1]
+        return {"type": source, "name": name, "split": split}
+    if is_official_validation_file(path):
+        return {"type": HUB_ID, "name": "HellaSwag", "split": "validation"}
+    return {"type": "text", "name": f"HellaSwag questions of {path.name}", "split": None}
+
+
 def is_official_validation_file(path: Path) -> bool:
-    """Whether the file's bytes are those of the official hellaswag_val.jsonl."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() == OFFICIAL_VALIDATION_SHA256
+    """Whether the file's bytes, unpacked, are those of the official hellaswag_val.jsonl."""
+    with _opener(path)(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest() == OFFICIAL_VALIDATION_SHA256
+
+
+def _opener(path: Path) -> Callable[..., Any]:
+    return lzma.open if path.suffix == ".xz" else open
 
 
 def parse_questions(rows: Iterable[tuple[str, Any]], *, limit: int | None = None) -> list[Question]:
@@ -75,7 +102,7 @@ def parse_questions(rows: Iterable[tuple[str, Any]], *, limit: int | None = None
 
     Raises:
         ValueError: if there are no rows, or naming up to five rows that are wrong and what is wrong with
-        each.
+            each.
     """
     questions, problems = [], []
     for index, (place, row) in enumerate(islice(rows, limit)):
@@ -88,7 +115,7 @@ def parse_questions(rows: Iterable[tuple[str, Any]], *, limit: int | None = None
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5:,} more" if len(problems) > 5 else "")
         raise ValueError(f"{len(problems):,} questions are not as in the official file: {shown}")
     if not questions:
-        raise ValueError("no questions: the file or split is empty, or the limit is 0")
+        raise ValueError("no questions: the file or split is empty")
     return questions
 
 
@@ -99,8 +126,7 @@ def _numbered_lines(path: Path) -> Iterable[tuple[str, Any]]:
             "cannot be compared with published ones",
             stacklevel=3,
         )
-    opener = lzma.open if path.suffix == ".xz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
+    with _opener(path)(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue

@@ -4,7 +4,10 @@ import html
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = {
     "bits_per_byte": "bits/byte",
@@ -18,7 +21,11 @@ COLUMNS = {
     "copied_13_grams": "copied 13-grams",
     "mauve": "MAUVE",
     "rating": "rating",
+    "empty": "empty texts",
+    "failed": "no answer",
 }
+# Shown only where there were any.
+TROUBLES = ("empty", "failed")
 
 STYLE = """
 :root { color-scheme: light dark; --ground: #faf8f3; --ink: #23201b; --card: #fff; --line: #d9d2c4;
@@ -46,12 +53,14 @@ summary { cursor: pointer; font-size: .85rem; font-weight: 400; padding: .3rem 0
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line for each writer, a column for each number that any of them has."""
-    shown = [name for name in COLUMNS if any(row.get(name) is not None for row in results.values())]
+    """One line for each writer, a column for each number that any of them has, with a rating its interval."""
+    shown = _shown_columns(results)
     lines = [["", *(COLUMNS[name] for name in shown)]]
     for writer, row in results.items():
-        values = [row.get(name) for name in shown]
-        lines.append([writer, *(_shown(value) for value in values)])
+        cells = {name: _as_text(row.get(name)) for name in shown}
+        if (interval := row.get("rating_95")) is not None:
+            cells["rating"] = f"{row['rating']:+.0f} [{interval[0]:+.0f}, {interval[1]:+.0f}]"
+        lines.append([writer, *cells.values()])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     for line in lines:
         line[0] = line[0].ljust(widths[0])
@@ -59,34 +68,53 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join("  ".join(line) for line in lines)
 
 
-def _shown(value: float | int | None) -> str:
+def _shown_columns(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    def is_told(value: Any, name: str) -> bool:
+        return bool(value) if name in TROUBLES else value is not None
+
+    return [name for name in COLUMNS if any(is_told(row.get(name), name) for row in results.values())]
+
+
+def _as_text(value: float | int | None) -> str:
     if value is None:
         return ""
     return f"{value:.0f}" if isinstance(value, int) or abs(value) >= 10 else f"{value:.3f}"
 
 
 def chart(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """A small bar chart for each number, the writers in the same order and colours in all of them."""
+    """A picture of `draw`."""
+    draw(results).savefig(path, dpi=120)
+
+
+def draw(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
+    """A small bar chart for each number, the writers in the same order and colours in all of them.
+
+    A writer without that number has no bar, for 0 is a number, and of some the best.
+    """
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
-    shown = [name for name in COLUMNS if any(row.get(name) is not None for row in results.values())]
+    shown = _shown_columns(results)
     rows = (len(shown) + 3) // 4
     figure = Figure(figsize=(14, 0.9 + rows * (1.1 + 0.3 * len(results))), layout="constrained")
     for number, name in enumerate(shown, start=1):
         axes = figure.add_subplot(rows, 4, number)
-        values = [row.get(name) or 0.0 for row in results.values()]
-        colors = [f"C{index % 10}" for index in range(len(values))]
-        axes.barh(range(len(values)), values, color=colors)
-        axes.set_yticks(range(len(values)), [writer[-28:] for writer in results], fontsize=8)
-        axes.invert_yaxis()
+        values = {place: row[name] for place, row in enumerate(results.values()) if row.get(name) is not None}
+        axes.barh(list(values), list(values.values()), color=[f"C{place % 10}" for place in values])
+        names = [writer[-28:] for writer in results]
+        labels = [name if place in values else f"{name} (none)" for place, name in enumerate(names)]
+        axes.set_yticks(range(len(results)), labels, fontsize=8)
+        axes.set_ylim(len(results) - 0.5, -0.5)  # the first on top, and room for those without a bar
         axes.set_title(COLUMNS[name], fontsize=10)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def page(requests: Sequence[str], texts: Mapping[str, Sequence[str]], path: Path, *, seed: int = 0) -> None:
+def page(
+    requests: Sequence[str], texts: Mapping[str, Sequence[str | None]], path: Path, *, seed: int = 0
+) -> None:
     """One HTML file without outside parts: under each request the texts in an order of its own, names hidden.
 
-    The order depends on `seed` and the request's number alone; the names show on a click.
+    The order depends on `seed` and the request's number alone; the names show on a click. A text is None
+    where its writer could not be reached.
     """
     generator = random.Random(seed)
     sections = []
@@ -94,7 +122,7 @@ def page(requests: Sequence[str], texts: Mapping[str, Sequence[str]], path: Path
         order = generator.sample(list(texts), len(texts))
         cards = "".join(
             f"<article><h3>{chr(64 + place) if place <= 26 else place}</h3>"
-            f"<p>{html.escape(texts[writer][number - 1].strip()) or '<em>no text</em>'}</p><details>"
+            f"<p>{_as_html(texts[writer][number - 1])}</p><details>"
             f"<summary>who wrote this?</summary>{html.escape(writer)}</details></article>"
             for place, writer in enumerate(order, start=1)
         )
@@ -112,3 +140,7 @@ def page(requests: Sequence[str], texts: Mapping[str, Sequence[str]], path: Path
         f"{''.join(sections)}</body></html>\n",
         encoding="utf-8",
     )
+
+
+def _as_html(text: str | None) -> str:
+    return "<em>no answer</em>" if text is None else html.escape(text.strip()) or "<em>no text</em>"

@@ -68,8 +68,12 @@ def repetition(text: str, n: int = 4) -> float:
 
 
 def mentions(text: str, request: str) -> bool:
-    """Whether at least half of the content words of `request` appear in the text, whatever their endings."""
-    asked = {_stem(word) for word in words(request) if word not in FUNCTION_WORDS}
+    """Whether at least half of the content words of `request` appear in the text, whatever their endings.
+
+    A request of function words alone, such as the exit "up", asks for those.
+    """
+    content = [word for word in words(request) if word not in FUNCTION_WORDS]
+    asked = {_stem(word) for word in content or words(request)}
     found = asked & {_stem(word) for word in words(text)}
     return bool(asked) and 2 * len(found) >= len(asked)
 

@@ -1,21 +1,36 @@
 """A language model behind an OpenAI-compatible endpoint; every retry and failure is counted."""
 
+import http.client
 import json
 import os
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
+from tqdm import tqdm
+
 RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+# A wrong key, no money, no permission, no such model or path: other prompts would fare no better.
+HOPELESS_STATUS = frozenset({401, 402, 403, 404})
+# So many prompts in a row without an answer, each after all its tries, mean that the endpoint has failed.
+FAILURES_THAT_END_IT = 10
 
 
 class EndpointError(RuntimeError):
-    """An endpoint gave no usable answer, after all retries or for a reason that a retry cannot mend."""
+    """An endpoint gave no usable answer, after all retries or for a reason that a retry cannot mend.
+
+    `reason` is that in a few words, to be counted.
+    """
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass
@@ -24,7 +39,8 @@ class Endpoint:
 
     With `chat` the prompt is a user's message, else plain text to continue. The key, if one is needed, is
     read from the environment variable `key_variable` and never stored. `retries` counts what was asked
-    again and why.
+    again and why. `given_up` says why nothing more is asked: what other prompts would meet as well, or
+    FAILURES_THAT_END_IT failures in a row.
     """
 
     url: str
@@ -34,20 +50,66 @@ class Endpoint:
     timeout_seconds: float = 120.0
     attempts: int = 5
     first_pause_seconds: float = 1.0
-    retries: dict[str, int] = field(default_factory=dict)
+    retries: Counter[str] = field(default_factory=Counter)
+    given_up: EndpointError | None = None
+    _failures_in_a_row: int = field(default=0, repr=False)
     _lock: Any = field(default_factory=Lock, repr=False)
 
-    def complete(self, prompt: str, *, max_tokens: int, temperature: float = 1.0, seed: int = 0) -> str:
+    def complete(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int,
+        temperature: float = 1.0,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> str:
         """The model's answer to one prompt.
 
         Raises:
-            EndpointError: if no answer with text in it came after `attempts` tries, or the endpoint refuses.
+            EndpointError: if no answer with text in it came after `attempts` tries, or the endpoint refuses,
+                or it was given up.
         """
+        if self.given_up:
+            raise EndpointError(str(self.given_up), self.given_up.reason)
         body = {"model": self.model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        body |= {} if top_p is None else {"top_p": top_p}
         body |= {"messages": [{"role": "user", "content": prompt}]} if self.chat else {"prompt": prompt}
+        try:
+            answer = self._ask(body)
+        except EndpointError as error:
+            with self._lock:
+                self._failures_in_a_row += 1
+                if self._failures_in_a_row >= FAILURES_THAT_END_IT:
+                    self.given_up = self.given_up or error
+            raise
+        self._failures_in_a_row = 0
+        return answer
+
+    def complete_all(
+        self, prompts: Sequence[str], *, concurrency: int = 8, progress: str = "", **options
+    ) -> list[str | EndpointError]:
+        """One answer per prompt, in order; where there was none, the error stands in its place.
+
+        `progress` names a bar on the terminal; without a name there is none.
+        """
+
+        def ask(prompt: str) -> str | EndpointError:
+            try:
+                return self.complete(prompt, **options)
+            except EndpointError as error:
+                return error
+
+        with ThreadPoolExecutor(concurrency) as pool:
+            answers = pool.map(ask, prompts)
+            return list(tqdm(answers, desc=progress, total=len(prompts), disable=not progress))
+
+    def _ask(self, body: dict[str, Any]) -> str:
         pause, reason = self.first_pause_seconds, ""
         for attempt in range(self.attempts):
             if attempt:
+                with self._lock:
+                    self.retries[reason] += 1
                 time.sleep(pause)
                 pause *= 2
             try:
@@ -59,9 +121,15 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 reason = f"status {error.code}"
                 if error.code not in RETRIED_STATUS:
-                    detail = error.read(300).decode("utf-8", "replace")
-                    raise EndpointError(f"{self.url} refused the request with {reason}: {detail}") from error
+                    message = f"{self.url} refused the request with {reason}: {_detail(error)}"
+                    refusal = EndpointError(message, reason)
+                    if error.code in HOPELESS_STATUS:
+                        self.given_up = refusal
+                    raise refusal from error
                 pause = max(pause, _seconds(error.headers.get("Retry-After")))
+            except http.client.InvalidURL as error:
+                self.given_up = EndpointError(f"{self.url!r} is no http(s) address: {error}", "no address")
+                raise self.given_up from error
             except TimeoutError:
                 reason = f"no answer within {self.timeout_seconds:g} s"
             except (urllib.error.URLError, ConnectionError) as error:
@@ -71,46 +139,15 @@ class Endpoint:
                     if timed_out
                     else f"no connection ({error})"
                 )
-            except (ValueError, KeyError, IndexError, TypeError):
-                reason = "malformed answer"
-            with self._lock:
-                self.retries[reason] = self.retries.get(reason, 0) + 1
+            except (http.client.HTTPException, ValueError, KeyError, IndexError, TypeError):
+                reason = "malformed answer"  # cut short, not HTTP, not JSON, or other JSON
         raise EndpointError(
-            f"{self.url} gave no usable answer in {self.attempts} attempts; the last: {reason}"
+            f"{self.url} gave no usable answer in {self.attempts} attempts; the last: {reason}", reason
         )
 
-    def complete_all(
-        self, prompts: Sequence[str], *, concurrency: int = 8, **options
-    ) -> list[str | EndpointError]:
-        """One answer per prompt, in order; where there was none, the error stands in its place."""
-
-        def ask(prompt: str) -> str | EndpointError:
-            try:
-                return self.complete(prompt, **options)
-            except EndpointError as error:
-                return error
-
-        with ThreadPoolExecutor(concurrency) as pool:
-            return list(pool.map(ask, prompts))
-
-    def write(self, prompts: Sequence[str], **options) -> tuple[list[str], dict[str, Any]]:
-        """A text for each prompt, empty where there was no answer, and how many failed and were asked again.
-
-        Raises:
-            EndpointError: if no prompt at all was answered.
-        """
-        answers = self.complete_all(prompts, **options)
-        failures = [answer for answer in answers if isinstance(answer, EndpointError)]
-        if len(failures) == len(prompts):
-            raise EndpointError(f"{self.model} answered none of {len(prompts)} prompts: {failures[0]}")
-        if failures:
-            print(f"  {len(failures)} of {len(prompts)} failed, now empty texts; the first: {failures[0]}")
-        texts = ["" if isinstance(answer, EndpointError) else answer for answer in answers]
-        return texts, {"failed": len(failures), "retries": self.retries}
-
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
-        if not self.url.startswith(("http://", "https://")):
-            raise EndpointError(f"{self.url!r} is no http(s) address")
+        if not self.url.startswith(("http://", "https://")) or not self.url.isascii():
+            raise http.client.InvalidURL("http:// or https:// and ASCII letters are needed")
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self.key_variable):
             headers["Authorization"] = f"Bearer {key}"
@@ -120,6 +157,14 @@ class Endpoint:
         )
         with urllib.request.urlopen(request, timeout=self.timeout_seconds) as response:
             return json.loads(response.read())
+
+
+def _detail(error: urllib.error.HTTPError) -> str:
+    """The beginning of what a refusal says, as far as it arrives."""
+    try:
+        return error.read(300).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return "(the rest did not arrive)"
 
 
 def _seconds(header: str | None) -> float:

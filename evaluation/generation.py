@@ -5,10 +5,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from evaluation.isolation import bare_model, undisturbed
+
+
+class RefuseNaN(LogitsProcessor):
+    """Stops a generation whose next token would come out of broken numbers."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # The maximum of a row is NaN where any entry is, and infinite where no probability can be made of it.
+        if not torch.isfinite(scores.amax(-1)).all():
+            raise ValueError(
+                f"the model returned NaN or infinity after {input_ids.shape[1]:,} tokens: its weights are "
+                "broken or overflow in this dtype"
+            )
+        return scores
 
 
 def generate_samples(
@@ -33,7 +46,8 @@ def generate_samples(
     state outside, and none of those is touched.
 
     Raises:
-        ValueError: if a prompt with its new tokens is longer than the model's context.
+        ValueError: if a prompt with its new tokens is longer than the model's context, or the model returns
+            NaN, of which a greedy choice would make token 0 and a draw an error of the device's.
     """
     causal_model = bare_model(model)
     config = causal_model.config
@@ -72,6 +86,7 @@ def generate_samples(
                 eos_token_id=tokenizer.eos_token_id,
                 suppress_tokens=unused_ids or None,
                 use_cache=True,
+                logits_processor=LogitsProcessorList([RefuseNaN()]),
                 **sampling,
             )
             texts += tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)

@@ -17,12 +17,23 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from data.hellaswag import ENDINGS, Question
-from evaluation.continuations import Continuation, lay_out, score_continuations, supports_packing
+from evaluation.continuations import (
+    Budget,
+    Continuation,
+    Row,
+    Scored,
+    add_up,
+    lay_out,
+    score_rows,
+    supports_packing,
+)
 from evaluation.isolation import bare_model, is_sharded, undisturbed
 from evaluation.statistics import PairedComparison, Proportion, compare_paired, proportion
 
 STYLES = ("completion", "harness")
 MOST_PADDING = 0.03  # of a batch's tokens
+# So many forwards before results are fetched: on an accelerator the fetch waits for all that it was given.
+FORWARDS_PER_FETCH = {"cpu": 1, "accelerator": 8}
 
 
 @dataclass(frozen=True)
@@ -30,11 +41,12 @@ class QuestionScores:
     """Log-probabilities of a question's four endings, in nats, and what each is divided by for the norm.
 
     `log_probabilities[style]` and `lengths[style]` hold four numbers each; a length is in tokens for
-    "completion" and in characters for "harness". `truncated`: the model's context was too short for the
-    whole text.
+    "completion" and in characters for "harness". `question` is the question's fingerprint. `truncated`: the
+    model's context was too short for the whole text.
     """
 
     index: int
+    question: str
     label: int
     source: str
     log_probabilities: dict[str, list[float]]
@@ -110,11 +122,16 @@ def compare(
     """Each metric of a model against the same metric of another on the same questions.
 
     Raises:
-        ValueError: if the baseline lacks one of the questions.
+        ValueError: if the baseline lacks one of the questions, or has another in its place.
     """
     others = {score.index: score for score in baseline}
     if missing := [score.index for score in scores if score.index not in others]:
         raise ValueError(f"the baseline lacks {len(missing):,} of the questions, the first is {missing[0]}")
+    if changed := [score.index for score in scores if score.question != others[score.index].question]:
+        raise ValueError(
+            f"the baseline has other questions or answers in the place of {len(changed):,}, the first is "
+            f"{changed[0]}: both models must be scored on one file or split"
+        )
     return {
         metric: compare_paired(
             [score.predictions()[metric] == score.label for score in scores],
@@ -138,8 +155,9 @@ def score_questions(
 
     `model` may be compiled or prepared by Accelerate; its mode and all random states are left as they were
     once the iterator ends. `batch_tokens` bounds the tokens of one forward on one process, padding
-    included; by default it suits the device. A batch that does not fit the memory is halved. A question
-    longer than the model's context loses its beginning, as in lm-evaluation-harness, and is marked.
+    included; by default it suits the device. A batch that does not fit the memory is halved, and so are
+    later ones of its size. A question longer than the model's context loses its beginning, as in
+    lm-evaluation-harness, and is marked.
 
     Raises:
         ValueError: if an ending or context tokenises to nothing, or the model returns NaN.
@@ -159,39 +177,47 @@ def score_questions(
             disable=not (progress and accelerator.is_main_process),
         ) as bar,
     ):
-        examples = next(iter(work[0].continuations.values())) if work else []
-        packed = supports_packing(model, examples, accelerator)
+        pieces = _pieces(work, context, packed=True)
+        packed = supports_packing(
+            model,
+            examples=pieces[0].continuations if pieces else [],
+            longest_row=max((piece.width for piece in pieces), default=0),
+            accelerator=accelerator,
+        )
         if world_size > 1:  # rounding may differ between machines, and all must lay out the same batches
             votes = torch.tensor(int(packed), device=accelerator.device)
             packed = accelerator.reduce(votes, reduction="sum").item() == world_size
-        batches = list(_batches(work, batch_tokens, context, packed))
+        if not packed:
+            pieces = _pieces(work, context, packed=False)
+        batches = list(_batches(pieces, batch_tokens))
+        rounds_per_fetch = FORWARDS_PER_FETCH["cpu" if accelerator.device.type == "cpu" else "accelerator"]
+        budget = Budget()
+        table = torch.zeros(len(pieces), ENDINGS, dtype=torch.float64)
         sums: dict[tuple[int, str], list[float]] = {}  # by question's place in `work` and style
-        for first in range(0, len(batches), world_size):
+        found: list[Scored] = []
+        launched: list[Piece] = []  # by all processes, since the last fetch
+        for number, first in enumerate(range(0, len(batches), world_size), start=1):
             # The last round may have fewer batches than processes: the others repeat one, for a sharded
             # forward needs everybody, and what they find is not counted.
             mine = batches[min(first + rank, len(batches) - 1)]
-            continuations = [c for number, style in mine for c in work[number].continuations[style]]
-            found = torch.tensor(
-                score_continuations(model, continuations, accelerator, context=context, packed=packed),
-                dtype=torch.float64,
-            ).view(1, -1, ENDINGS)
-            round_of = batches[first : first + world_size]
+            scored = score_rows(model, [row for piece in mine for row in piece.rows], accelerator, budget)
+            found += scored if first + rank < len(batches) else []
+            launched += [piece for batch in batches[first : first + world_size] for piece in batch]
+            if number % rounds_per_fetch and first + world_size < len(batches):
+                continue
+            add_up(table.view(-1), found)
+            fetched = table[[piece.number for piece in launched]]
             if world_size > 1:
-                table = torch.zeros(world_size, max(map(len, round_of)), ENDINGS, dtype=torch.float64)
-                if first + rank < len(batches):
-                    table[rank, : len(mine)] = found
-                found = accelerator.reduce(table.to(accelerator.device), reduction="sum").cpu()
-            for batch, of_batch in zip(round_of, found.tolist(), strict=False):
-                sums.update(zip(batch, of_batch, strict=False))
-            touched = dict.fromkeys(number for batch in round_of for number, _ in batch)
-            complete = [number for number in touched if all((number, style) in sums for style in styles)]
+                fetched = accelerator.reduce(fetched.to(accelerator.device), reduction="sum").cpu()
+            for piece, four in zip(launched, fetched.tolist(), strict=True):
+                sums[piece.place, piece.style] = four
+            touched = dict.fromkeys(piece.place for piece in launched)
+            complete = [place for place in touched if all((place, style) in sums for style in styles)]
             finished = _collect(
-                [
-                    (work[number], {style: sums.pop((number, style)) for style in styles})
-                    for number in complete
-                ],
+                [(work[place], {style: sums.pop((place, style)) for style in styles}) for place in complete],
                 context,
             )
+            found, launched = [], []
             bar.update(len(finished))
             yield finished
 
@@ -258,7 +284,7 @@ def _encode_completion(questions, tokenizer) -> list[tuple[list[Continuation], l
     encoded = []
     for number, context in enumerate(contexts):
         four = endings[4 * number : 4 * number + 4]
-        encoded.append(([Continuation(context + e, len(e), number) for e in four], [len(e) for e in four]))
+        encoded.append(([Continuation(context + e, len(e)) for e in four], [len(e) for e in four]))
     return encoded
 
 
@@ -278,7 +304,7 @@ def _encode_harness(questions, tokenizer) -> list[tuple[list[Continuation], list
     for number, context in enumerate(context_ids):
         four = whole_ids[4 * number : 4 * number + 4]
         encoded.append(
-            ([Continuation(ids, max(0, len(ids) - len(context)), number) for ids in four], characters[number])
+            ([Continuation(ids, max(0, len(ids) - len(context))) for ids in four], characters[number])
         )
     return encoded
 
@@ -289,28 +315,47 @@ def clean(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def _batches(
-    work: Sequence[EncodedQuestion], batch_tokens: int, context: int | None, packed: bool
-) -> Iterator[list[tuple[int, str]]]:
-    """Runs of (question's place in `work`, style), longest rows first, each within the budget when padded.
+@dataclass(frozen=True)
+class Piece:
+    """The endings of one question in one style, laid out: piece `number` is about `work[place]`."""
+
+    number: int
+    place: int
+    style: str
+    continuations: list[Continuation]
+    rows: list[Row]
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row.tokens) for row in self.rows)
+
+
+def _pieces(work: Sequence[EncodedQuestion], context: int | None, packed: bool) -> list[Piece]:
+    # Each question by itself: others that happen to begin alike would make its row wide, which pads the rest.
+    pieces: list[Piece] = []
+    for place, item in enumerate(work):
+        for style, four in item.continuations.items():
+            rows = lay_out(four, context, packed, first_owner=ENDINGS * len(pieces))
+            pieces.append(Piece(len(pieces), place, style, four, rows))
+    return pieces
+
+
+def _batches(pieces: Sequence[Piece], batch_tokens: int) -> Iterator[list[Piece]]:
+    """Runs of pieces, longest rows first, each within the budget when padded.
 
     A batch that is a quarter full ends where rows get so much shorter that padding would be a waste.
     """
-    pieces = []
-    for number, item in enumerate(work):
-        for style, four in item.continuations.items():
-            lengths = [len(row.tokens) for row in lay_out(four, context, packed)]
-            pieces.append((max(lengths), len(lengths), sum(lengths), (number, style)))
-    pieces.sort(key=lambda piece: -piece[0])
-    batch: list[tuple[int, str]] = []
+    batch: list[Piece] = []
     width = rows = tokens = 0
-    for length, new_rows, new_tokens, piece in pieces:
+    for piece in sorted(pieces, key=lambda piece: -piece.width):
+        new_rows, new_tokens = len(piece.rows), sum(len(row.tokens) for row in piece.rows)
         padded = width * (rows + new_rows)
         wasteful = 4 * padded > batch_tokens and tokens + new_tokens < (1 - MOST_PADDING) * padded
         if batch and (padded > batch_tokens or wasteful):
             yield batch
             batch, width, rows, tokens = [], 0, 0, 0
-        width = max(width, length)
+        width = max(width, piece.width)
         batch.append(piece)
         rows, tokens = rows + new_rows, tokens + new_tokens
     if batch:
@@ -333,6 +378,7 @@ def _collect(
     return [
         QuestionScores(
             index=item.question.index,
+            question=item.question.fingerprint,
             label=item.question.label,
             source=item.question.source,
             log_probabilities=by_style,

@@ -1,11 +1,14 @@
 """Which of several writers is better, by a judge who does not know who wrote what."""
 
+import dataclasses
 import itertools
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from evaluation.endpoint import Endpoint, EndpointError
 
@@ -30,13 +33,15 @@ ELO_PER_NAT = 400 / math.log(10)
 class Verdict:
     """One reading of two texts for request number `request`, `first` shown first.
 
-    `score` is the first writer's: 1 won, 0.5 tie, 0 lost; None if the judge gave no usable answer.
+    `score` is the first writer's: 1 won, 0.5 tie, 0 lost; None if the judge gave no usable answer, of which
+    `problem` then says why.
     """
 
     request: int
     first: str
     second: str
     score: float | None
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,35 +56,73 @@ class Rating:
 def compare_blind(
     judge: Endpoint,
     requests: Sequence[str],
-    texts: Mapping[str, Sequence[str]],
+    texts: Mapping[str, Sequence[str | None]],
     *,
     concurrency: int = 8,
     attempts: int = 3,
+    progress: str = "",
 ) -> list[Verdict]:
     """Every pair of writers on every request, twice with the order swapped.
 
-    `texts` holds one text per request for each writer. An answer that is none of 1, 2 and tie is asked for
-    again up to `attempts` times; what stays unanswered is a verdict without a score.
+    `texts` holds one text per request for each writer; where it is None, whose failure is not the writer's,
+    there is no game. An answer that is none of 1, 2 and tie is asked for again up to `attempts` times; what
+    stays unanswered is a verdict without a score, and so is at once what the endpoint itself gave up.
     """
     games = [
         (number, first, second)
         for number in range(len(requests))
         for first, second in itertools.permutations(texts, 2)
+        if texts[first][number] is not None and texts[second][number] is not None
     ]
-    scores: dict[tuple[int, str, str], float | None] = dict.fromkeys(games)
+    verdicts: dict[tuple[int, str, str], Verdict] = {}
+    open_games = games
     for attempt in range(attempts):
-        open_games = [game for game in games if scores[game] is None]
         prompts = [
             INSTRUCTION.format(request=requests[n], first=texts[first][n], second=texts[second][n])
             for n, first, second in open_games
         ]
         # A deterministic judge would repeat its nonsense: later attempts are asked at a higher temperature.
         answers = judge.complete_all(
-            prompts, concurrency=concurrency, max_tokens=8, temperature=0.5 * attempt, seed=attempt
+            prompts,
+            concurrency=concurrency,
+            progress=progress,
+            max_tokens=8,
+            temperature=0.5 * attempt,
+            seed=attempt,
         )
+        confused = []
         for game, answer in zip(open_games, answers, strict=True):
-            scores[game] = None if isinstance(answer, EndpointError) else parse_verdict(answer)
-    return [Verdict(*game, scores[game]) for game in games]
+            if isinstance(answer, EndpointError):
+                verdicts[game] = Verdict(*game, None, answer.reason)
+            elif (score := parse_verdict(answer)) is None:
+                verdicts[game] = Verdict(*game, None, "an answer that is none of 1, 2 and tie")
+                confused.append(game)
+            else:
+                verdicts[game] = Verdict(*game, score)
+        open_games = confused
+        if not open_games:
+            break
+    return [verdicts[game] for game in games]
+
+
+def judge_texts(
+    judge: Endpoint, requests: Sequence[str], texts: Mapping[str, Sequence[str | None]]
+) -> tuple[dict[str, Rating], dict[str, Any]]:
+    """Ratings by writer, none if there was no verdict, and what a report says of the judge and its games."""
+    verdicts = compare_blind(judge, requests, texts, progress="verdicts")
+    unusable = Counter(verdict.problem for verdict in verdicts if verdict.score is None)
+    left_out = len(requests) * math.perm(len(texts), 2) - len(verdicts)
+    print(
+        f"judge: {len(verdicts)} games, {unusable.total()} without a verdict; {left_out} more for want of a "
+        f"text; asked again: {dict(judge.retries) or 'never'}"
+    )
+    for problem, count in unusable.most_common():
+        print(f"  {count} without a verdict: {problem}")
+    if judge.given_up:
+        print(f"  given up: {judge.given_up}")
+    told = {"model": judge.model, "unusable": unusable, "left_out": left_out, "retries": judge.retries}
+    report = {"judge": told, "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts]}
+    return (rate(verdicts) if unusable.total() < len(verdicts) else {}), report
 
 
 def parse_verdict(answer: str) -> float | None:

@@ -40,6 +40,7 @@ def evaluate_loss(
     *,
     token_bytes: Tensor | None = None,
     max_batches: int | None = None,
+    allow_nan: bool = False,
 ) -> LanguageModelingResult:
     """Mean cross-entropy in nats per target token, over every process.
 
@@ -50,10 +51,11 @@ def evaluate_loss(
     UTF-8 bytes of each token, 0 for special ones.
 
     The result is the same to the last bit on every process and, given the same micro-batches, on any number
-    of processes. No random state, no gradient and no module's train/eval mode is touched.
+    of processes. No random state, no gradient and no module's train/eval mode is touched. With `allow_nan` a
+    model that returns NaN has a loss of NaN: a training run notes it and goes on.
 
     Raises:
-        ValueError: if no batch holds a target.
+        ValueError: if no batch holds a target, or the model returns NaN.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
     sums = []  # per batch: nats, targets, nats of text targets, their bytes
@@ -77,6 +79,12 @@ def evaluate_loss(
             "the evaluation set holds no targets: no batch came, or every label after a row's first is -100"
         )
     loss = nats / targets
+    if math.isnan(loss) and not allow_nan:
+        broken = int(table[:, 0].isnan().sum())
+        raise ValueError(
+            f"the model returned NaN on {broken:,} of {len(table):,} batches: its weights are broken or "
+            "overflow in this dtype"
+        )
     return LanguageModelingResult(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,

@@ -20,7 +20,7 @@ def require_mauve() -> None:
 
 
 def mauve_scores(
-    texts: Mapping[str, Sequence[str]],
+    texts: Mapping[str, Sequence[str | None]],
     reference: str,
     feature_model: str,
     accelerator: Accelerator,
@@ -31,7 +31,7 @@ def mauve_scores(
 
     `feature_model` is a folder or Hub id of any causal language model. Scores compare only under one feature
     model and one number of texts; the authors (Pillutla et al. 2021) used GPT-2 large and 5,000 a side. Empty
-    texts are left out, and a writer of nothing else scores 0.
+    and missing texts are left out, and a writer of nothing else scores 0.
 
     Raises:
         ValueError: if the package is missing, the model does not load or the reference has no text.
@@ -59,16 +59,19 @@ def mauve_scores(
 
 
 def last_hidden_states(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], accelerator: Accelerator
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str | None],
+    accelerator: Accelerator,
 ) -> np.ndarray:
-    """The last layer's state at each text's last token, float32 (texts with tokens, C).
+    """The last layer's state at each text's last token, float32 (texts that are neither empty nor None, C).
 
     A text longer than the model's context is cut at its end.
     """
     context = getattr(bare_model(model).config, "max_position_embeddings", None)
     states = []
     with undisturbed(model):
-        for text in texts:
+        for text in filter(None, texts):
             ids = tokenizer(text)["input_ids"][:context]
             if not ids:
                 continue

@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from data.hellaswag import Question
 from evaluation.hellaswag import HellaSwagResult, QuestionScores, score_questions
+from evaluation.loading import identify
+
+
+def default_output(model_name: str) -> Path:
+    """A results file of each model's own."""
+    return Path("artifacts", "hellaswag", re.sub(r"[^\w.-]+", "--", model_name).strip("-.") + ".json")
 
 
 def read_scores(path: Path) -> tuple[dict[str, Any], list[QuestionScores]]:
@@ -35,15 +42,22 @@ def read_scores(path: Path) -> tuple[dict[str, Any], list[QuestionScores]]:
         raise ValueError(f"{path} does not hold HellaSwag scores ({error}); choose another file") from error
 
 
-def resume_scores(path: Path, scored: dict[str, Any]) -> list[QuestionScores]:
-    """The scores that `path` already holds, the file being left ready for `append_scores`.
+def resume_scores(
+    path: Path, scored: Mapping[str, str], questions: Sequence[Question]
+) -> list[QuestionScores]:
+    """The scores of these questions that `path` already holds, the file being left ready for `append_scores`.
+
+    It may hold more questions, or fewer.
 
     Raises:
-        ValueError: if they are of another model, dtype, tokenizer or set of questions than `scored` says.
+        ValueError: if they are of another model, dtype or tokenizer than `scored` says, or other questions
+            have these ones' numbers there.
     """
-    if not path.exists():
+    if not path.exists() or path.stat().st_size == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"hellaswag_scores": scored}) + "\n", encoding="utf-8")
+        fresh = path.with_name(path.name + ".new")  # renamed when whole: a kill leaves no half first line
+        fresh.write_text(json.dumps({"hellaswag_scores": scored}) + "\n", encoding="utf-8")
+        fresh.replace(path)
         return []
     before, scores = read_scores(path)
     differences = [
@@ -51,6 +65,11 @@ def resume_scores(path: Path, scored: dict[str, Any]) -> list[QuestionScores]:
         for key in scored
         if before.get(key) != scored[key]
     ]
+    asked = {question.index: question.fingerprint for question in questions}
+    scores = [score for score in scores if score.index in asked]
+    changed = [score.index for score in scores if score.question != asked[score.index]]
+    if changed:
+        differences.append(f"{len(changed):,} other questions, the first is number {min(changed)}")
     if differences:
         raise ValueError(
             f"{path} holds scores of something else ({'; '.join(differences)}); "
@@ -77,13 +96,13 @@ def score_and_keep(
     accelerator: Accelerator,
     *,
     batch_tokens: int | None = None,
-) -> tuple[dict[str, Any], list[QuestionScores]]:
+) -> tuple[dict[str, str], list[QuestionScores]]:
     """What was scored and the scores by question, from `path` as far as it has them; the rest is added there.
 
     Only the main process reads and writes the file, and only there are the scores complete.
     """
-    described = describe(model, tokenizer, questions)
-    scores = resume_scores(path, described) if accelerator.is_main_process else []
+    scored = identify(model, tokenizer)
+    scores = resume_scores(path, scored, questions) if accelerator.is_main_process else []
     done = torch.zeros(max(question.index for question in questions) + 1, dtype=torch.int64)
     done[[score.index for score in scores]] = 1
     done = broadcast(done.to(accelerator.device)).cpu()  # all processes must agree on what is left to do
@@ -94,36 +113,24 @@ def score_and_keep(
         scores += batch
         if accelerator.is_main_process:
             append_scores(path, batch)
-    return described, sorted(scores, key=lambda score: score.index)
+    asked = "".join(question.fingerprint for question in questions)
+    scored["questions_sha256"] = hashlib.sha256(asked.encode()).hexdigest()
+    return scored, sorted(scores, key=lambda score: score.index)
 
 
-def describe(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
-) -> dict[str, Any]:
-    """What decides the scores, as hashes: weights, vocabulary, questions; and the dtype."""
-    weights = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
-    asked = json.dumps([dataclasses.astuple(question) for question in questions]).encode()
-    return {
-        "weights_sha256": weights.hexdigest(),
-        "vocabulary_sha256": hashlib.sha256(vocabulary).hexdigest(),
-        "questions_sha256": hashlib.sha256(asked).hexdigest(),
-        "questions": len(questions),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-    }
+def model_index(
+    model_name: str, result: HellaSwagResult, dataset: Mapping[str, str | None]
+) -> list[dict[str, Any]]:
+    """The result as the `model-index` of a model card's metadata, as `ModelCardData` writes it.
 
-
-def model_index(model_name: str, result: HellaSwagResult, *, dataset: str) -> list[dict[str, Any]]:
-    """The result as the `model-index` of a model card's metadata, as `ModelCardData` writes it."""
+    `dataset` is what `data.hellaswag.origin` says of the questions.
+    """
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=dataset,
-            dataset_name="HellaSwag",
-            dataset_split="validation",
+            dataset_type=str(dataset["type"]),
+            dataset_name=str(dataset["name"]),
+            dataset_split=dataset["split"],
             metric_type=metric,
             metric_name=f"HellaSwag {metric}",
             metric_value=round(share.value, 4),
@@ -135,3 +142,17 @@ def model_index(model_name: str, result: HellaSwagResult, *, dataset: str) -> li
         for metric, share in result.accuracy.items()
     ]
     return eval_results_to_model_index(model_name, results)
+
+
+def summary(name: str, dtype: str, result: HellaSwagResult) -> str:
+    """Accuracies with their intervals, in all and by source, as lines for a person."""
+    lines = [f"{name}: {result.questions:,} questions, {dtype}"]
+    for metric, share in result.accuracy.items():
+        parts = "  ".join(f"{source} {rows[metric].value:.2%}" for source, rows in result.by_source.items())
+        interval = f"95% [{share.low:.2%}, {share.high:.2%}]"
+        lines.append(f"  {metric:<20}{share.value:7.2%}  {interval}  {parts}")
+    if result.truncated:
+        lines.append(
+            f"  {result.truncated:,} questions are longer than the model's context and lost their beginning"
+        )
+    return "\n".join(lines)

@@ -71,14 +71,14 @@ def evaluate_texts(
     """Predict each text from its beginning, in windows of `context` tokens (default: all that the model can
     see).
 
-    `stride`, by default `context`, is how far the windows are apart. The processes share the work and all
-    get the result, the same on any number of them but for the rounding of other batches. Nothing is padded
-    into the numbers, and no mode or random state is touched.
+    `stride`, by default `context`, is how far the windows are apart. The beginning is one token, bos or else
+    eos, also with a tokenizer that adds one by itself. The processes share the work and all get the result,
+    to the last bit the same on any number of them. Nothing is padded into the numbers, and no mode or random
+    state is touched.
 
     Raises:
         ValueError: if there is no text, a text is empty, the tokenizer has no token to begin with, the
-        stride does
-            not fit, or the model returns NaN.
+            stride does not fit, or the model returns NaN.
     """
     start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start_id is None:

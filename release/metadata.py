@@ -64,12 +64,15 @@ def _eval_results(record: Record) -> list[EvalResult]:
         results += model_index_to_eval_results(index)[1]
     elif found := hellaswag_in_training(record):
         share, total, (low, high) = found
+        asked = record.settings.get("hellaswag_questions") or "unknown origin"
+        is_hub = asked == "hub"
         results.append(
             EvalResult(
                 task_type="text-generation",
-                dataset_type="Rowan/hellaswag",
-                dataset_name="HellaSwag",
-                dataset_split="validation",
+                # A local file may hold anything.
+                dataset_type="Rowan/hellaswag" if is_hub else "text",
+                dataset_name="HellaSwag" if is_hub else f"HellaSwag questions of {Path(str(asked)).name}",
+                dataset_split="validation" if is_hub else None,
                 metric_type="acc_norm",
                 metric_name="HellaSwag acc_norm",
                 metric_value=round(share, 4),

@@ -1,14 +1,12 @@
-"""Writers side by side: the numbers of their texts, the endpoints, the judge, the whole script."""
+"""Writers side by side: the numbers of their texts, what people look at, the whole script."""
 
-import http.server
 import importlib.util
 import json
-import os
+import math
+import re
 import shutil
-import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -18,14 +16,15 @@ import torch
 from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import eval_dungeons
 from data.tokenizer import gpt2_tokenizer, train_tokenizer
-from evaluation.comparison import chart, page, table
+from evaluation.comparison import chart, draw, page, table
 from evaluation.diversity import CopyIndex, distinct, field_coverage, mentions, repetition
 from evaluation.dungeons import bits_per_byte, describe_texts, read_rooms
-from evaluation.endpoint import Endpoint, EndpointError
-from evaluation.judge import Verdict, bradley_terry, compare_blind, parse_verdict, rate
+from tests.endpoint_server import Server, prefers_long
+from tests.processes import ROOT, end, environment, run, run_script
 
-ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "eval_dungeons.py"
 ROWS = [
     {
         "title": "The Salt Stair",
@@ -75,6 +74,13 @@ def test_a_request_is_found_whatever_its_words_endings():
     assert field_coverage("anything", {"exits": [], "mood": ""}) == {}  # nothing was asked
 
 
+def test_a_request_of_function_words_can_be_met():
+    """The exits "up" and "out" once counted as never mentioned."""
+    assert mentions("Stairs lead up into the dark.", "up") and not mentions("A flat hall.", "up")
+    assert field_coverage("A ladder goes up.", {"exits": ["up", "out"]}) == {"exits": 0.5}
+    assert not mentions("It is up to you.", "up the broken ladder")  # where there is more, that is asked for
+
+
 def test_copied_spans_and_13_grams_are_found_wherever_they_start():
     training = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
     index = CopyIndex(["something else entirely, with more words in it", training])
@@ -102,12 +108,28 @@ def test_bits_per_byte_counts_the_description_alone(rooms):
     assert ours == pytest.approx(nats / 0.6931471805599453 / size, rel=1e-5)  # float32 sums
 
 
+def test_a_writer_that_returns_nan_is_an_error(rooms):
+    """Its bits per byte were once NaN, and results.json no JSON."""
+    tokenizer = train_tokenizer([row["description"] for row in ROWS] * 4, 290)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=290, n_positions=256))
+    with torch.no_grad():
+        model.transformer.ln_f.bias[0] = math.nan
+    with pytest.raises(ValueError, match="NaN or infinity on 2 of 2 descriptions"):
+        bits_per_byte(model, tokenizer, rooms, Accelerator(cpu=True))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1: not JSON"),
+        ("{", "line 1: Expecting property name"),
+        ("[1]", "line 1: a list, not an object"),
         ('{"place": "crypt"}', "line 1: description is None"),
+        ('{"place": "crypt", "description": 5}', "line 1: description is 5"),
         ('{"description": "x"}', "line 1: none of title"),
+        ('{"place": 5, "description": "x"}', "line 1: place is 5; a text"),
+        ('{"features": ["bell", 1], "description": "x"}', r"line 1: features is \['bell', 1\]"),
+        ('{"features": {"a": "b"}, "description": "x"}', "line 1: features is {"),
+        ('{"prompt": 5, "description": "x"}', "line 1: prompt is 5"),
         ("", "holds no rows"),
     ],
 )
@@ -118,141 +140,21 @@ def test_rows_that_ask_for_nothing_or_show_nothing_are_named(tmp_path, line, mes
         read_rooms(path)
 
 
-# Endpoints: a real server on the loopback, with moods
+def test_a_line_ends_where_json_lines_end_and_a_limit_leaves_something(tmp_path):
+    """A raw U+2028, which JSON allows in a text, once cut the line in two."""
+    path = tmp_path / "rooms.jsonl"
+    row = {"place": "well", "description": "Black\u2028water\u0085 here."}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    (room,) = read_rooms(path)
+    assert room.description == row["description"]
+    with pytest.raises(ValueError, match="limit of -1 rows leaves none"):
+        read_rooms(path, limit=-1)
 
 
-class Server:
-    """Answers each request with the next of `answers` (the last one again and again); keeps what it was
-    asked.
-
-    An answer is a text, a status with headers, raw bytes, or seconds to stay silent.
-    """
-
-    def __init__(self, *answers):
-        self.answers, self.asked = list(answers), []
-        server = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.asked.append((self.path, body))
-                answer = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
-                answer = answer(body) if callable(answer) else answer
-                status, headers, payload = 200, {}, b""
-                if isinstance(answer, float):
-                    time.sleep(answer)
-                elif isinstance(answer, tuple):
-                    status, headers = answer
-                elif isinstance(answer, bytes):
-                    payload = answer
-                else:
-                    payload = json.dumps(
-                        {"choices": [{"message": {"content": answer}, "text": answer}]}
-                    ).encode()
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(payload)
-
-            def log_message(self, *arguments):
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.http.shutdown()
-        self.http.server_close()
-
-
-def test_an_endpoint_that_is_slow_overrun_and_confused_is_asked_again_and_all_is_counted():
-    busy, nonsense = (429, {"Retry-After": "0.05"}), b"<html>oops"
-    with Server(busy, 1.0, nonsense, b'{"choices": []}', (503, {}), "   ", "a vaulted hall") as server:
-        endpoint = Endpoint(server.url, "m", timeout_seconds=0.4, attempts=7, first_pause_seconds=0.01)
-        assert endpoint.complete("Describe it.", max_tokens=20) == "a vaulted hall"
-    assert endpoint.retries == {
-        "status 429": 1,
-        "no answer within 0.4 s": 1,
-        "malformed answer": 2,
-        "status 503": 1,
-        "empty answer": 1,
-    }
-    path, body = server.asked[-1]
-    assert path == "/v1/chat/completions" and body["messages"][0]["content"] == "Describe it."
-
-
-def test_what_fails_for_good_stands_in_its_place_and_a_refusal_is_not_repeated():
-    with Server(lambda body: (401, {}) if "secret" in body["prompt"] else "fine") as server:
-        endpoint = Endpoint(server.url, "m", chat=False, first_pause_seconds=0.01)
-        first, second = endpoint.complete_all(["hello", "secret"], max_tokens=5)
-    assert first == "fine" and isinstance(second, EndpointError) and "401" in str(second)
-    assert len(server.asked) == 2 and server.asked[0][0] == "/v1/completions"
-
-
-def test_nobody_listening_is_an_error_that_says_so():
-    with Server("x") as server:
-        url = server.url
-    with pytest.raises(EndpointError, match="no connection"):
-        Endpoint(url, "m", attempts=2, first_pause_seconds=0.01).complete("x", max_tokens=1)
-
-
-# The judge
-
-
-@pytest.mark.parametrize(
-    ("answer", "score"),
-    [("1", 1.0), ("Text 2.", 0.0), ("Tie!", 0.5), ("1 or 2", None), ("the first", None), ("12", None)],
-)
-def test_a_verdict_is_one_word_or_none(answer, score):
-    assert parse_verdict(answer) == score
-
-
-def prefers_long(body):
-    """A judge with a mind of its own: the longer text wins, wherever it stands."""
-    prompt = body["messages"][0]["content"]
-    first, rest = prompt.split("Text 1:\n")[1].split("\n\nText 2:\n")
-    second = rest.split("\n\nWhich text")[0]
-    return "1" if len(first) > len(second) else "2" if len(second) > len(first) else "tie"
-
-
-def test_every_pair_is_read_in_both_orders_and_the_better_writer_is_rated_higher():
-    texts = {"short": ["a", "b"], "long": ["a long text", "another one"], "longest": ["x" * 40, "y" * 40]}
-    with Server(prefers_long) as server:
-        verdicts = compare_blind(Endpoint(server.url, "judge"), ["q1", "q2"], texts)
-    assert len(verdicts) == len(server.asked) == 2 * 3 * 2
-    assert {(v.first, v.second) for v in verdicts} >= {("short", "long"), ("long", "short")}
-    asked = [body["messages"][0]["content"] for _, body in server.asked]
-    assert not any("longest" in prompt for prompt in asked)  # blind: no writer's name reaches the judge
-    ratings = rate(verdicts)
-    assert ratings["short"].value < ratings["long"].value < ratings["longest"].value
-    assert all(rating.low <= rating.value <= rating.high for rating in ratings.values())
-
-
-def test_a_judge_that_always_says_1_rates_all_alike():
-    with Server("1") as server:
-        verdicts = compare_blind(Endpoint(server.url, "judge"), ["q"] * 3, {"a": ["x"] * 3, "b": ["y"] * 3})
-    for rating in rate(verdicts).values():
-        assert rating.value == pytest.approx(0.0, abs=1e-9)
-
-
-def test_nonsense_is_asked_again_and_stays_visible_as_unusable():
-    with Server("Both are lovely.") as server:
-        verdicts = compare_blind(Endpoint(server.url, "judge"), ["q"], {"a": ["x"], "b": ["y"]}, attempts=2)
-    assert [verdict.score for verdict in verdicts] == [None, None] and len(server.asked) == 4
-    with pytest.raises(ValueError, match="none of the judge's 2 answers"):
-        rate(verdicts)
-
-
-def test_ratings_recover_the_odds_that_made_the_games():
-    """Ten to one is 400 points; one virtual tie a pair pulls that in by under 1% at 1,100 games."""
-    games = [Verdict(n, "a", "b", 1.0) for n in range(1000)] + [Verdict(n, "b", "a", 1.0) for n in range(100)]
-    ratings = bradley_terry(["a", "b"], games)
-    assert ratings["a"] - ratings["b"] == pytest.approx(400, rel=0.01)
+def test_rooms_without_an_answer_are_left_out_of_every_number(rooms):
+    numbers = describe_texts([None, "A dry cistern."], rooms, CopyIndex([]))
+    assert (numbers["failed"], numbers["empty"], numbers["words"]) == (1, 0, 3)
+    assert numbers["coverage"] == {"place": 1.0}  # the first room's fields do not count
 
 
 # MAUVE
@@ -294,8 +196,7 @@ def test_mauve_without_its_package_is_an_error_before_anything_is_written(tmp_pa
         f"{str(tmp_path / 'rooms.jsonl')!r}, '--train_data', {str(tmp_path / 'rooms.jsonl')!r}]\n"
         "import eval_dungeons; eval_dungeons.main()"
     )
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    done = run([sys.executable, "-c", code], tmp_path)
     assert done.returncode == 1 and "pip install mauve-text" in done.stderr
     assert "writing" not in done.stdout
 
@@ -329,40 +230,75 @@ def test_the_page_on_a_phone_shows_who_wrote_what_on_a_click_and_nothing_overflo
 
 
 def test_the_page_hides_names_escapes_texts_and_shuffles_for_each_request(tmp_path):
-    texts = {"ours": ["<b>bold</b>"] * 12, "theirs": ["plain & simple"] * 12}
+    texts = {"ours": ["<b>bold</b>"] * 12, "theirs": ["plain & simple"] * 12, "dumb": [None] * 11 + [""]}
     page([f"request {n}" for n in range(12)], texts, tmp_path / "blind.html")
     content = (tmp_path / "blind.html").read_text()
     assert "<b>bold" not in content and "&lt;b&gt;bold" in content and "plain &amp; simple" in content
     assert content.count("<details><summary>who wrote this?</summary>ours</details>") == 12
+    assert content.count("<em>no answer</em>") == 11 and content.count("<em>no text</em>") == 1
     sections = content.split("<section>")[1:]
     assert 0 < sum(section.index("bold") < section.index("plain") for section in sections) < 12
 
 
 def test_the_table_and_the_chart_show_every_number_that_anyone_has(tmp_path, rooms):
     person = describe_texts([room.description for room in rooms], rooms, None)
-    results = {"person": person, "model": {"bits_per_byte": 1.234}}
+    rating = {"rating": 12.3, "rating_95": [-40.0, 61.0]}
+    results = {"person": person, "model": {"bits_per_byte": 1.234, "failed": 2, **rating}}
     shown = table(results)
     assert "1.234" in shown and "distinct-2" in shown and "MAUVE" not in shown
+    assert "+12 [-40, +61]" in shown and "no answer" in shown and "empty texts" not in shown
+
+    by_title = {axes.get_title(): axes for axes in draw(results).axes}
+    (bar,) = by_title["bits/byte"].patches  # the person's would be 0, the best of all
+    assert bar.get_width() == pytest.approx(1.234) and round(bar.get_y() + bar.get_height() / 2) == 1
+    labels = [label.get_text() for label in by_title["bits/byte"].get_yticklabels()]
+    assert labels == ["person (none)", "model"]
+    assert [bar.get_width() for bar in by_title["distinct-2"].patches] == [person["distinct_2"]]
     chart(results, tmp_path / "results.png")
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
-def test_the_script_compares_two_models_a_contestant_and_a_judge(tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to compare"),
+        (["--contestants", "a"], "belong together"),
+        (["--models", "m", "--judge_url", "http://x"], "belong together"),
+        (["--models", "m", "m"], "m stands there twice"),
+        (["--models", "m", "--contestants", "m", "--contestant_url", "http://x"], "m stands there twice"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_before_anything_is_loaded(
+    monkeypatch, capsys, arguments, message
+):
+    """Of two writers of one name the second once replaced the first, silently."""
+    monkeypatch.setattr(sys, "argv", ["eval_dungeons.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        eval_dungeons.main()
+    assert message in capsys.readouterr().err
+
+
+def writer_or_judge(body):
+    prompt = body["messages"][0]["content"]
+    return prefers_long(body) if "Text 2:" in prompt else "A dry well."
+
+
+@pytest.fixture
+def writers(tmp_path):
+    """Arguments that compare two local models on the two rows, in `tmp_path`."""
     for seed, name in enumerate(("first", "second")):
         tiny_gpt2(tmp_path / name, seed)
     (tmp_path / "rooms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    with Server(
-        lambda b: prefers_long(b) if "Text 2:" in b["messages"][0]["content"] else "A dry well."
-    ) as server:
-        command = [sys.executable, str(ROOT / "eval_dungeons.py"), "--models", "first", "second"]
-        command += ["--data", "rooms.jsonl", "--train_data", "rooms.jsonl", "--output", "out"]
-        command += ["--max_new_tokens", "12", "--dtype", "float32"]
-        command += ["--contestants", "big", "--contestant_url", server.url]
-        command += ["--judge_url", server.url, "--judge_model", "j"]
-        env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    arguments = ["--models", "first", "second", "--data", "rooms.jsonl", "--train_data", "rooms.jsonl"]
+    return [*arguments, "--max_new_tokens", "12", "--dtype", "float32", "--output", "out"]
+
+
+@pytest.mark.slow
+def test_the_script_compares_two_models_a_contestant_and_a_judge(tmp_path, writers):
+    with Server(writer_or_judge) as server:
+        others = ["--contestants", "big", "--contestant_url", server.url]
+        others += ["--judge_url", server.url, "--judge_model", "j"]
+        run_script(SCRIPT, *writers, *others, cwd=tmp_path)
     report = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(report["results"]) == {"held-out descriptions", "first", "second", "big"}
     assert report["results"]["first"]["bits_per_byte"] > 0 and report["results"]["big"]["failed"] == 0
@@ -370,8 +306,40 @@ def test_the_script_compares_two_models_a_contestant_and_a_judge(tmp_path):
         report["results"]["held-out descriptions"]["copied_13_grams"] == 1.0
     )  # it is its own training set here
     assert report["texts"]["big"] == ["A dry well."] * 2
-    assert len(report["verdicts"]) == 2 * 4 * 3 and report["judge"]["unusable"] == 0
+    asked = [body for _, body in server.asked if "Text 2:" not in body["messages"][0]["content"]]
+    assert {(body["temperature"], body["top_p"], body["max_tokens"]) for body in asked} == {(0.9, 0.95, 12)}
+    assert len(report["verdicts"]) == 2 * 4 * 3 and report["judge"]["unusable"] == {}
     assert (tmp_path / "out" / "results.png").exists() and (tmp_path / "out" / "blind.html").exists()
+
+
+@pytest.mark.slow
+def test_texts_are_there_before_the_judge_is_asked_and_are_not_written_again(tmp_path, writers):
+    """A judge that failed once took every text with it."""
+    with Server((401, {})) as server:
+        judge = ["--judge_url", server.url, "--judge_model", "j"]
+        done = run([sys.executable, str(SCRIPT), *writers, *judge], tmp_path)
+    assert done.returncode == 1 and "the judge gave no verdict" in done.stderr
+    assert "without a verdict: status 401" in done.stdout
+    assert (tmp_path / "out" / "results.json").exists()
+    path = tmp_path / "out" / "texts.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line]
+    assert len(rows) == 2
+    rows[0]["texts"][0] = "planted"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny_gpt2(tmp_path / "second", seed=7)  # the same name, other weights
+    run_script(SCRIPT, *writers, cwd=tmp_path)
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert report["texts"]["first"] == ["planted", rows[0]["texts"][1]]
+    assert report["texts"]["second"] != rows[1]["texts"]
+
+
+@pytest.mark.slow
+def test_of_several_processes_one_does_the_work_and_writes_the_files(tmp_path, writers):
+    """All once did everything, and wrote the same files at the same time."""
+    printed = run_script(SCRIPT, *writers, cwd=tmp_path, processes=2)
+    assert printed.count("written: results.json") == 1
+    lines = (tmp_path / "out" / "texts.jsonl").read_text().split()
+    assert len([line for line in lines if line.startswith('{"asked"')]) == 2
 
 
 @pytest.mark.slow
@@ -390,35 +358,31 @@ def test_the_script_works_with_transformers_serve_as_contestant_and_judge(tmp_pa
     judge.save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
     (tmp_path / "rooms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [str(Path(sys.executable).with_name("transformers")), "serve", "--host", "127.0.0.1"]
-    with (tmp_path / "serve.log").open("w") as log:
-        command += ["--port", str(port), "--device", "cpu"]
-        server = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
+    command += ["--port", "0", "--device", "cpu", "--log-level", "info"]  # on a port that it finds itself
+    said = tmp_path / "serve.log"
+    with said.open("w") as log:
+        server = subprocess.Popen(
+            command, cwd=tmp_path, env=environment(), stdout=log, stderr=log, start_new_session=True
+        )
     try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
-                break
-            except OSError:
-                assert server.poll() is None, (tmp_path / "serve.log").read_text()
-                time.sleep(0.5)
-        url = f"http://127.0.0.1:{port}/v1"
-        command = [sys.executable, str(ROOT / "eval_dungeons.py"), "--data", "rooms.jsonl"]
-        command += ["--train_data", "rooms.jsonl", "--max_new_tokens", "12", "--output", "out"]
-        command += ["--contestants", str(tmp_path / "writer"), "--contestant_url", url]
-        command += ["--contestant_api", "completions", "--judge_url", url]
-        command += ["--judge_model", str(tmp_path / "judge"), "--judge_api", "completions"]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+        address = None
+        while address is None:
+            assert server.poll() is None, said.read_text()
+            address = re.search(r"running on (http://127\.0\.0\.1:\d+)", said.read_text())
+            time.sleep(0.2)
+        url = f"{address.group(1)}/v1"
+        assert urllib.request.urlopen(f"{address.group(1)}/health", timeout=60).status == 200
+        arguments = ["--data", "rooms.jsonl", "--train_data", "rooms.jsonl", "--max_new_tokens", "12"]
+        arguments += ["--contestants", str(tmp_path / "writer"), "--contestant_url", url, "--output", "out"]
+        arguments += ["--contestant_api", "completions", "--judge_url", url]
+        arguments += ["--judge_model", str(tmp_path / "judge"), "--judge_api", "completions"]
+        done = run([sys.executable, str(SCRIPT), *arguments], tmp_path)
     finally:
-        server.terminate()
-        server.wait(timeout=30)
-    assert done.returncode == 0, done.stderr + (tmp_path / "serve.log").read_text()
+        end(server)
+    assert done.returncode == 0, done.stderr + said.read_text()
     report = json.loads((tmp_path / "out" / "results.json").read_text())
     assert report["results"][str(tmp_path / "writer")]["failed"] == 0
     assert all(report["texts"][str(tmp_path / "writer")])
     assert [verdict["score"] for verdict in report["verdicts"]] == [1.0] * 4
-    assert report["judge"]["unusable"] == 0
+    assert report["judge"]["unusable"] == {}

@@ -1,6 +1,7 @@
 """What `generate_samples` promises: the same texts for the same seed, whatever surrounds the model."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -65,6 +66,17 @@ def test_a_compiled_and_prepared_model_writes_the_same(model, tokenizer):
     plain = generate_samples(model, tokenizer, PROMPTS, max_new_tokens=8, seed=5)
     prepared = torch.compile(Accelerator(cpu=True).prepare(model), backend="eager")
     assert generate_samples(prepared, tokenizer, PROMPTS, max_new_tokens=8, seed=5) == plain
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_returns_nan_is_an_error(model, tokenizer, broken, temperature):
+    """Greedy, it once wrote token 0 ("!!!") for ever; sampled, it died with an error of the device's."""
+    ill = copy.deepcopy(model)
+    with torch.no_grad():
+        ill.transformer.ln_f.bias[0] = broken
+    with pytest.raises(ValueError, match="returned NaN or infinity after"):
+        generate_samples(ill, tokenizer, PROMPTS, max_new_tokens=4, seed=0, temperature=temperature)
 
 
 def test_a_prompt_that_does_not_fit_is_an_error_that_names_the_numbers(model, tokenizer):

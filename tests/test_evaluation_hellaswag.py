@@ -1,12 +1,15 @@
 """HellaSwag: the two references' numbers, whatever the batches, the wrapping or the model's kind."""
 
+import dataclasses
+import hashlib
 import io
 import json
+import lzma
 import math
 import os
 import socket
-import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,14 +17,42 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    Llama4TextConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
-from data.hellaswag import Question, load_questions, parse_questions
+from data.hellaswag import Question, load_questions, origin, parse_questions
 from data.tokenizer import gpt2_tokenizer
-from evaluation.continuations import Continuation, lay_out, score_continuations, supports_packing
-from evaluation.hellaswag import compare, evaluate_hellaswag, score_questions, summarize
+from evaluation.continuations import (
+    Continuation,
+    attention_window,
+    lay_out,
+    score_continuations,
+    supports_packing,
+)
+from evaluation.hellaswag import (
+    FORWARDS_PER_FETCH,
+    clean,
+    compare,
+    evaluate_hellaswag,
+    score_questions,
+    summarize,
+)
 from modeling_gpt_scratch.convert_gpt2 import from_gpt2
 from tests.hub_server import HubServer
+from tests.processes import run
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = ROOT / "tests" / "fixtures" / "hellaswag.jsonl"
@@ -143,7 +174,60 @@ def test_endings_in_one_row_do_not_see_each_other(model, tokenizer, questions, a
     assert score_continuations(model, four, accelerator, context=256, packed=True) == pytest.approx(
         alone, rel=FLOAT32_SUMS
     )
-    assert supports_packing(model, four, accelerator)
+    assert supports_packing(model, four, 256, accelerator)
+
+
+def near_sighted(kind: str, window: int):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50257, "hidden_size": 16, "initializer_range": 0.5}
+    if kind == "gpt_neo":
+        types = [[["global", "local"], 1]]
+        config = GPTNeoConfig(num_layers=2, num_heads=2, attention_types=types, window_size=window, **sizes)
+        return GPTNeoForCausalLM(config).eval()
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MistralConfig(intermediate_size=32, sliding_window=window, **heads, **sizes)
+    return MistralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["gpt_neo", "mistral"])
+def test_a_model_with_a_window_shares_rows_only_as_far_as_it_sees(kind, tokenizer, questions, accelerator):
+    """Both once passed a trial of eight tokens, whatever their window. GPT-Neo masks by the place in the row,
+    which for a second ending is far from its context; Mistral forgets its window when it is given a mask.
+    """
+    (question,) = questions[:1]
+    context = tokenizer(question.ctx)["input_ids"]
+    endings = [tokenizer(" " + ending)["input_ids"] for ending in question.endings]
+    for window in (16, 4096):
+        model = near_sighted(kind, window)
+        rows_of_a_forward = []
+        handle = model.register_forward_pre_hook(
+            lambda module, args, kwargs, seen=rows_of_a_forward: seen.append(len(kwargs["input_ids"])),
+            with_kwargs=True,
+        )
+        (score,) = all_scores(model, tokenizer, [question], accelerator, styles=["completion"])
+        handle.remove()
+        assert rows_of_a_forward[-1] == (4 if window == 16 else 1)
+        for ending, found in zip(endings, score.log_probabilities["completion"], strict=True):
+            with torch.no_grad():
+                logs = model(input_ids=torch.tensor([context + ending])).logits[0].log_softmax(-1)
+            expected = sum(logs[len(context) + i - 1, token].item() for i, token in enumerate(ending))
+            assert found == pytest.approx(expected, rel=1e-4)  # float32, in a row and alone
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        (GPT2Config(), math.inf),
+        (MistralConfig(sliding_window=None), math.inf),
+        (MistralConfig(sliding_window=64), 64),
+        (GPTNeoConfig(window_size=256), 256),
+        (Gemma3Config(text_config={"sliding_window": 32}), 32),  # inside a model that also sees pictures
+        (Llama4TextConfig(attention_chunk_size=128), 128),
+        (Gemma3TextConfig(sliding_window=None, layer_types=["sliding_attention"], num_hidden_layers=1), 0),
+    ],
+)
+def test_how_far_layers_see_is_read_from_the_configuration(config, tokens):
+    assert attention_window(config) == tokens
 
 
 def test_continuations_that_differ_before_the_scored_part_share_only_what_is_common(model, accelerator):
@@ -160,17 +244,24 @@ def test_continuations_that_differ_before_the_scored_part_share_only_what_is_com
 
 def test_questions_that_begin_alike_do_not_share_a_row(model, tokenizer, questions, accelerator):
     """They once did: twenty "How to …" in one row of 635 tokens, and every other row padded to that width."""
-    widths = []
+    wikihow = questions[6:12]  # all begin with "[header] How to"
+    shapes = []
+
+    def shapes_of(some):
+        shapes.clear()
+        all_scores(model, tokenizer, some, accelerator, styles=["completion"])
+        return shapes[2:]  # after the two forwards of the trial of packing
+
     handle = model.register_forward_pre_hook(
-        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     try:
-        all_scores(model, tokenizer, [questions[0]] * 6, accelerator, styles=["harness"])
+        alone = [shape for question in wikihow for shape in shapes_of([question])]
+        together = shapes_of(wikihow)
     finally:
         handle.remove()
-    trial, ours = widths[:2], widths[2:]
-    assert max(trial) < 20 and len(ours) == 1
-    all_scores(model, tokenizer, questions[:1], accelerator, styles=["harness"])
+    assert sum(rows for rows, _ in together) == sum(rows for rows, _ in alone) == 6
+    assert max(width for _, width in together) == max(width for _, width in alone)
 
 
 def test_a_recurrent_model_is_scored_row_by_row(tokenizer, questions, accelerator):
@@ -222,23 +313,57 @@ def test_what_endings_have_in_common_is_computed_once_and_scored_for_each(model,
     rows = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 9, 11], [5, 6, 7, 8, 12], [5, 6, 7, 8, 9, 10]]
     four = [Continuation(row, len(row) - 2) for row in rows]
     (tree,) = lay_out(four, 256, True)
-    assert tree.tokens == [5, 6, 7, 8, 9] and len(tree.targets) == 4 + 4 + 3 + 4
+    assert tree.tokens == [5, 6, 7, 8, 9] and len(tree.sources) == 4 + 4 + 3 + 4
     alone = score_continuations(model, four, accelerator, context=256, packed=False)
     together = score_continuations(model, four, accelerator, context=256, packed=True)
     assert together == pytest.approx(alone, rel=FLOAT32_SUMS) and together[0] == together[3]
 
 
-def test_a_batch_that_does_not_fit_the_memory_is_halved(model, tokenizer, questions, accelerator, whole):
+def test_a_batch_that_does_not_fit_the_memory_is_halved_and_so_are_later_ones(
+    model, tokenizer, questions, accelerator, whole
+):
+    """Every later batch of the old size once failed first."""
+    sizes, failures, limit = [], [], math.inf
 
     def full_memory(module, args, kwargs):
-        if len(kwargs["input_ids"]) > 3:
+        sizes.append(kwargs["input_ids"].numel())
+        if sizes[-1] > limit:
+            failures.append(sizes[-1])
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     handle = model.register_forward_pre_hook(full_memory, with_kwargs=True)
     try:
-        assert_same_scores(all_scores(model, tokenizer, questions, accelerator), whole, FLOAT32_SUMS)
+        all_scores(model, tokenizer, questions, accelerator, batch_tokens=400)
+        limit = sorted(sizes)[-3] - 1  # so that three batches do not fit
+        scores = all_scores(model, tokenizer, questions, accelerator, batch_tokens=400)
     finally:
         handle.remove()
+    assert_same_scores(scores, whole, FLOAT32_SUMS)
+    assert len(failures) == 1
+
+
+def test_one_row_that_does_not_fit_the_memory_is_the_devices_error(model, tokenizer, questions, accelerator):
+    def full_memory(module, args, kwargs):
+        if kwargs["input_ids"].shape[1] > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    handle = model.register_forward_pre_hook(full_memory, with_kwargs=True)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            all_scores(model, tokenizer, questions, accelerator)
+    finally:
+        handle.remove()
+
+
+def test_fetching_results_of_several_forwards_at_once_changes_nothing(
+    model, tokenizer, questions, accelerator, whole, monkeypatch
+):
+    """As on accelerators, where each fetch waits for all that was launched."""
+    monkeypatch.setitem(FORWARDS_PER_FETCH, "cpu", 3)
+    batches = list(score_questions(model, tokenizer, questions, accelerator, batch_tokens=300))
+    assert len([batch for batch in batches if len(batch) > 1]) > 1
+    scores = sorted((score for batch in batches for score in batch), key=lambda score: score.index)
+    assert_same_scores(scores, whole, FLOAT32_SUMS)
 
 
 def test_a_tokenizer_without_a_pad_token_and_one_that_adds_bos_both_work(
@@ -253,12 +378,15 @@ def test_a_tokenizer_without_a_pad_token_and_one_that_adds_bos_both_work(
     )
     score = all_scores(model, adding, questions[:1], accelerator)[0]
     context, ending = (plain(text)["input_ids"] for text in (questions[0].ctx, " " + questions[0].endings[1]))
-    row = [adding.eos_token_id, *context, *ending]  # once, in front of the context, never before the ending
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
-    expected = sum(logits[len(context) + i, token].item() for i, token in enumerate(ending))
-    assert score.log_probabilities["completion"][1] == pytest.approx(expected, rel=FLOAT32_SUMS)
-    assert score.lengths["completion"] == whole[0].lengths["completion"]
+    beginning = plain(f"{questions[0].activity_label}: {questions[0].ctx_a} She")["input_ids"]
+    for style, before in (("completion", context), ("harness", beginning)):
+        # Once, in front of the context, never before the ending.
+        row = [adding.eos_token_id, *before, *ending]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
+        expected = sum(logits[len(before) + i, token].item() for i, token in enumerate(ending))
+        assert score.log_probabilities[style][1] == pytest.approx(expected, rel=FLOAT32_SUMS)
+        assert score.lengths[style] == whole[0].lengths[style]
 
 
 def test_an_ending_that_tokenises_to_nothing_is_named(model, questions, accelerator):
@@ -324,6 +452,38 @@ def test_a_label_written_as_text_and_the_limit_are_understood():
     rows = [("row 0", row(label="2")), ("row 1", row(label="3"))]
     (question,) = parse_questions(rows, limit=1)
     assert question.label == 2 and question.source == "activitynet" and isinstance(question, Question)
+    for limit in (0, -1):
+        with pytest.raises(ValueError, match=f"limit of {limit} questions leaves none; give at least 1"):
+            load_questions(str(QUESTIONS), limit=limit)
+
+
+def test_a_question_is_known_by_all_that_is_asked_and_its_answer(questions):
+    (question,) = questions[:1]
+    assert dataclasses.replace(question, index=7, source="x").fingerprint == question.fingerprint
+    fields = {"activity_label": "x", "ctx_a": "x", "ctx_b": "x", "ctx": "x", "label": 1}
+    changed = [dataclasses.replace(question, **{name: value}) for name, value in fields.items()]
+    changed.append(dataclasses.replace(question, endings=question.endings[::-1]))
+    assert len({one.fingerprint for one in [question, *changed]}) == 7
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.xz"])
+def test_only_the_official_file_is_called_the_official_one(tmp_path, monkeypatch, suffix):
+    """Its hash stands in for the official one's, which is too large to come with the tests."""
+    path = tmp_path / f"mine{suffix}"
+    content = QUESTIONS.read_bytes()
+    path.write_bytes(lzma.compress(content) if suffix.endswith("xz") else content)
+    own = {"type": "text", "name": f"HellaSwag questions of {path.name}", "split": None}
+    assert origin(str(path), "validation") == own
+    with pytest.warns(UserWarning, match="not the official"):
+        load_questions(str(path))
+    monkeypatch.setattr("data.hellaswag.OFFICIAL_VALIDATION_SHA256", hashlib.sha256(content).hexdigest())
+    official = {"type": "Rowan/hellaswag", "name": "HellaSwag", "split": "validation"}
+    assert origin(str(path), "train") == official  # a file has the split that it has
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_questions(str(path))
+    assert origin("Rowan/hellaswag", "train") == official | {"split": "train"}
+    assert origin("me/swag", "test") == {"type": "me/swag", "name": "swag", "split": "test"}
 
 
 def test_comparing_with_itself_shows_no_difference_and_a_missing_question_is_an_error(whole):
@@ -332,30 +492,34 @@ def test_comparing_with_itself_shows_no_difference_and_a_missing_question_is_an_
         assert (paired.difference, paired.p_value) == (0.0, 1.0)
     with pytest.raises(ValueError, match="lacks 1 of the questions"):
         compare(scores, scores[1:])
+    with pytest.raises(ValueError, match=r"other questions or answers in the place of 2, the first is 3"):
+        other = [dataclasses.replace(score, question="0" * 16) for score in scores[3:5]]
+        compare(scores, [*scores[:3], *other, *scores[5:]])
     result = summarize(scores)
     assert set(result.by_source) == {"activitynet", "wikihow"}
     for metric, share in result.accuracy.items():
         right = sum(rows[metric].value * rows[metric].total for rows in result.by_source.values())
-        assert right == pytest.approx(share.value * 12)
+        assert right == pytest.approx(share.value * len(scores))
 
 
+SPLITS = ("validation", "train")
 READ_FROM_HUB = """
 import json, sys
 from data.hellaswag import load_questions
 try:
-    print("RESULT", json.dumps([vars(question) for question in load_questions(sys.argv[1], limit=3)]))
+    found = load_questions(sys.argv[1], split=sys.argv[2], limit=3)
+    print("RESULT", json.dumps([vars(question) for question in found]))
 except ValueError as error:
     print("ERROR", error)
 """
 
 
-def read_from_hub(folder: Path, endpoint: str, name: str) -> str:
+def read_from_hub(folder: Path, endpoint: str, name: str, split: str = "validation") -> str:
     """What a fresh process prints, with a cache of its own and this address as the Hub's."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "PYTHONPATH": str(ROOT)}
     env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", READ_FROM_HUB, name]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    done = run([sys.executable, "-c", READ_FROM_HUB, name, split], folder, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -364,14 +528,18 @@ def read_from_hub(folder: Path, endpoint: str, name: str) -> str:
 def test_questions_come_from_the_hub_as_from_the_file(tmp_path, questions):
     """Parquet files as in Rowan/hellaswag, where `ind` and `source_id` are there and labels are texts."""
     rows = [json.loads(line) for line in QUESTIONS.read_text().splitlines()]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([{**row, "label": str(row["label"])} for row in rows]), buffer)
-    files = {"data/validation-00000-of-00001.parquet": buffer.getvalue()}
+    files = {}
+    for split, part in (("validation", rows), ("train", rows[::-1])):
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist([{**row, "label": str(row["label"])} for row in part]), buffer)
+        files[f"data/{split}-00000-of-00001.parquet"] = buffer.getvalue()
     with HubServer({"Rowan/hellaswag": files}) as hub:
-        printed = read_from_hub(tmp_path, hub.url, "Rowan/hellaswag")
+        printed = {split: read_from_hub(tmp_path, hub.url, "Rowan/hellaswag", split) for split in SPLITS}
         assert any("resolve" in path for _, path, _ in hub.served)
-    found = json.loads(printed.split("RESULT ")[1])
-    assert [Question(**{**row, "endings": tuple(row["endings"])}) for row in found] == questions[:3]
+    found = {split: json.loads(text.split("RESULT ")[1]) for split, text in printed.items()}
+    as_questions = [Question(**{**row, "endings": tuple(row["endings"])}) for row in found["validation"]]
+    assert as_questions == questions[:3]
+    assert [row["ctx"] for row in found["train"]] == [row["ctx"] for row in rows[::-1][:3]]
 
 
 @pytest.mark.slow
@@ -381,53 +549,6 @@ def test_without_network_the_error_names_the_local_file(tmp_path):
         printed = read_from_hub(tmp_path, f"http://127.0.0.1:{nobody.getsockname()[1]}", "Rowan/hellaswag")
     assert "ERROR cannot load split 'validation' of the dataset 'Rowan/hellaswag'" in printed
     assert "hellaswag_val.jsonl" in printed and "give its path" in printed
-
-
-def run_script(folder: Path, *arguments: str, processes: int = 1):
-    """The real script in real processes; returns what the first printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, str(ROOT / "eval_hellaswag.py"), "--questions", str(QUESTIONS), *arguments]
-    running = []
-    for rank in range(processes):
-        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        if processes > 1:
-            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        running.append(
-            subprocess.Popen(
-                command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    outputs = [process.communicate(timeout=200) for process in running]
-    assert [process.returncode for process in running] == [0] * processes, outputs
-    return outputs[0][0]
-
-
-@pytest.mark.slow
-def test_two_processes_a_resumed_run_and_one_whole_run_write_the_same(tmp_path, tokenizer):
-    """The resumed run starts from half the lines and a torn one, as a kill leaves them."""
-    wavy_gpt2().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    common = ("--model", "model", "--dtype", "float32", "--batch_tokens", "800")
-    printed = run_script(tmp_path, *common, "--output", "one.json")
-    assert "harness_acc_norm" in printed and "95% [" in printed
-    run_script(tmp_path, *common, "--output", "two.json", processes=2)
-    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
-    assert one == two
-
-    lines = (tmp_path / "one.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "three.jsonl").write_text("".join(lines[:7]) + lines[7][:30])
-    run_script(tmp_path, *common, "--output", "three.json", "--baseline", "one.jsonl")
-    three = json.loads((tmp_path / "three.json").read_text())
-    assert three["accuracy"] == one["accuracy"]
-    assert three["baseline"]["harness_acc"]["p_value"] == 1.0
-    assert len((tmp_path / "three.jsonl").read_text().splitlines()) == 1 + 12
-    metric = one["model-index"][0]["results"][0]["metrics"][0]
-    assert (
-        metric["type"] == "completion_acc" and metric["value"] == one["accuracy"]["completion_acc"]["value"]
-    )
 
 
 @pytest.mark.slow
@@ -453,3 +574,15 @@ def test_log_probabilities_equal_those_of_the_installed_harness(model, tokenizer
         assert score.log_probabilities["harness"] == pytest.approx(row.tolist(), rel=FLOAT32_SUMS)
         assert score.predictions()["harness_acc"] == row.argmax()
         assert score.predictions()["harness_acc_norm"] == (row / [len(text) for text in texts]).argmax()
+
+
+PIECES = ["[title]", " [title]", "[step] ", "[", "]", " ", "  ", "a", "Be", ".", "\n", "[www.x.org]"]
+MARKUP = st.lists(st.sampled_from(PIECES)).map("".join)
+
+
+@pytest.mark.slow
+@given(MARKUP)
+def test_markup_is_cleaned_as_the_installed_harness_does(text):
+    from lm_eval.tasks.hellaswag.utils import preprocess
+
+    assert clean(text) == preprocess(text)

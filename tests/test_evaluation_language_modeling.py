@@ -1,13 +1,7 @@
 """What `evaluate_loss` promises: exact numbers, on any number of processes, without a trace in training."""
 
-import json
 import math
-import os
 import random
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from data.tokenizer import gpt2_tokenizer, token_byte_lengths
 from evaluation.language_modeling import evaluate_loss
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
+from tests.processes import run_workers
 
 VOCABULARY = 96
 
@@ -112,6 +107,18 @@ def test_a_set_without_targets_is_an_error(accelerator):
             evaluate_loss(small_gpt2(), loader, accelerator)
 
 
+@pytest.mark.parametrize("build", [small_gpt2, small_gpt_scratch])
+def test_a_model_that_returns_nan_is_an_error_unless_a_training_run_asks(accelerator, build):
+    """It once was a loss of NaN and a perplexity of infinity. The training loop notes it and goes on."""
+    broken = build()
+    with torch.no_grad():
+        broken.transformer.ln_f.bias[0] = math.nan
+    batches = batches_of_uneven_size(3)
+    with pytest.raises(ValueError, match="returned NaN on 3 of 3 batches"):
+        evaluate_loss(broken, batches, accelerator)
+    assert math.isnan(evaluate_loss(broken, batches, accelerator, allow_nan=True).loss)
+
+
 def test_training_goes_on_as_if_nobody_had_looked(accelerator):
     """A DataLoader draws its seed from the global generator when iterated, and dropout draws from it too."""
     model = small_gpt2().train()
@@ -145,11 +152,12 @@ def test_a_compiled_model_is_scored_without_compiling_again(accelerator):
 
 
 WORKER = """
-import copy, json, sys, torch
+import copy, torch
 from accelerate import Accelerator
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from evaluation.language_modeling import evaluate_loss
+from tests.processes import report
 from tests.test_evaluation_language_modeling import VOCABULARY, batches_of_uneven_size, small_gpt_scratch
 
 accelerator = Accelerator(cpu=True)
@@ -169,35 +177,13 @@ for which in (model, sharded):
         mine = batches_of_uneven_size(batches)[accelerator.process_index :: accelerator.num_processes]
         result = evaluate_loss(which, mine, accelerator, token_bytes=token_bytes, max_batches=max_batches)
         rows.append(vars(result))
-print("RESULT", json.dumps(rows), flush=True)
+report(rows)
 accelerator.end_training()
 """
 
 
-def run_processes(count: int, worker: str = WORKER) -> list[list[dict]]:
-    """What each of `count` processes running `worker` printed; they talk over gloo on the loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = Path(__file__).parent.parent
-    processes = []
-    for rank in range(count):
-        env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-        if count > 1:
-            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", worker], cwd=root, env=env, stdout=subprocess.PIPE, text=True
-            )
-        )
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * count
-    return [json.loads(out.split("RESULT ")[1].splitlines()[0]) for out in outputs]
-
-
 @pytest.mark.slow
-def test_two_processes_agree_with_one_to_the_last_bit_replicated_and_sharded():
+def test_two_processes_agree_with_one_to_the_last_bit_replicated_and_sharded(tmp_path):
     """With an odd number of batches, fewer batches than processes, and a limit that falls unevenly."""
-    (alone,) = run_processes(1)
-    assert run_processes(2) == [alone, alone]
+    (alone,) = run_workers(1, WORKER, tmp_path)
+    assert run_workers(2, WORKER, tmp_path) == [alone, alone]

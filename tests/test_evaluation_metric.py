@@ -1,13 +1,11 @@
 """HellaSwag as a metric of the `evaluate` library: from the local folder, without network, over processes."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from evaluation.hellaswag import QuestionScores, summarize
+from tests.processes import run_workers
 
 FOLDER = Path(__file__).parent.parent / "evaluation" / "metrics" / "hellaswag"
 QUESTIONS = [
@@ -31,7 +29,7 @@ def test_the_metric_loads_from_the_folder_and_agrees_with_our_evaluation(load):
         metric.add_batch(predictions=[sums], references=[label], lengths=[lengths])
     computed = metric.compute()
     scores = [
-        QuestionScores(number, label, "x", {"harness": sums}, {"harness": lengths})
+        QuestionScores(number, "", label, "x", {"harness": sums}, {"harness": lengths})
         for number, (sums, lengths, label) in enumerate(QUESTIONS)
     ]
     ours = summarize(scores).accuracy
@@ -56,25 +54,19 @@ def test_inputs_that_do_not_fit_together_are_errors(load, sums, lengths, label, 
 
 
 WORKER = """
-import json, sys, evaluate
-folder, cache, rank, questions = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
-metric = evaluate.load(folder, cache_dir=cache, num_process=2, process_id=rank, experiment_id="two")
-for sums, lengths, label in questions[rank::2]:
+import os, sys, evaluate
+from tests.processes import report
+from tests.test_evaluation_metric import FOLDER, QUESTIONS
+rank = int(os.environ["RANK"])
+names = {"num_process": 2, "process_id": rank, "experiment_id": "two"}
+metric = evaluate.load(str(FOLDER), cache_dir=sys.argv[1], **names)
+for sums, lengths, label in QUESTIONS[rank::2]:
     metric.add_batch(predictions=[sums], references=[label], lengths=[lengths])
-print("RESULT", json.dumps(metric.compute()))
+report(metric.compute())
 """
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_result_of_all_questions_to_the_first(tmp_path):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(FOLDER), str(tmp_path), str(rank), json.dumps(QUESTIONS)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    first, second = (json.loads(output.split("RESULT ")[1]) for output in outputs)
+    first, second = run_workers(2, WORKER, tmp_path)
     assert first["acc"] == pytest.approx(2 / 3) and second is None

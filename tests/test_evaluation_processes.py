@@ -1,25 +1,22 @@
 """HellaSwag and texts on several processes: the numbers of one, and nobody left waiting."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.test_evaluation_language_modeling import run_processes
-
-ROOT = Path(__file__).parent.parent
+from tests.processes import run, run_workers
 
 SETTING = """
-import copy, json, torch, warnings
+import copy, torch, warnings
 from accelerate import Accelerator
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from data.hellaswag import load_questions
 from data.tokenizer import gpt2_tokenizer
+import evaluation.hellaswag
 from evaluation.hellaswag import evaluate_hellaswag, score_questions
 from evaluation.texts import evaluate_texts
+from tests.processes import report
 from tests.test_evaluation_hellaswag import QUESTIONS, wavy_gpt2
 
 warnings.simplefilter("ignore")
@@ -46,7 +43,8 @@ replicated.register_buffer("counter", torch.zeros(1))  # which the wrapper broad
 replicated = accelerator.prepare(replicated)
 assert alone or type(replicated).__name__ == "DistributedDataParallel"
 
-def scores(model, **options):
+def scores(model, fetch=1, **options):
+    evaluation.hellaswag.FORWARDS_PER_FETCH["cpu"] = fetch
     model.train()
     state = torch.get_rng_state()
     found = [s for b in score_questions(model, tokenizer, questions, accelerator, **options) for s in b]
@@ -57,6 +55,7 @@ results = [
     scores(plain, batch_tokens=300),
     scores(torch.compile(replicated, backend="eager"), batch_tokens=300),
     scores(torch.compile(sharded, backend="eager"), batch_tokens=300),
+    scores(plain, fetch=3, batch_tokens=300),  # as on a GPU: several rounds between two fetches
     scores(sharded, batch_tokens=10**6),  # one batch: the second process has none of its own
 ]
 texts = [question.ctx for question in questions[:3]] + ["Zw\u00f6lf Stufen. " * 20]
@@ -71,7 +70,7 @@ halved = scores(replicated, batch_tokens=300)
 for found, expected in zip(halved, results[0], strict=True):
     for style, four in found["log_probabilities"].items():
         assert all(abs(a / b - 1) < 1e-5 for a, b in zip(four, expected["log_probabilities"][style]))
-print("RESULT", json.dumps(results), flush=True)
+report(results)
 accelerator.end_training()
 """
 )
@@ -88,11 +87,11 @@ evaluate_hellaswag(sharded, tokenizer, questions, accelerator)
 
 
 @pytest.mark.slow
-def test_two_processes_score_as_one_replicated_sharded_and_compiled():
-    """To the last bit: what a batch holds does not hang on who scores it."""
-    (alone,) = run_processes(1, AGREE)
-    assert alone[0] == alone[1] == alone[2] and alone[4] == alone[5]
-    assert run_processes(2, AGREE) == [alone, alone]
+def test_two_processes_score_as_one_replicated_sharded_and_compiled(tmp_path):
+    """To the last bit: neither who scores a batch nor how often results are fetched shows."""
+    (alone,) = run_workers(1, AGREE, tmp_path)
+    assert alone[0] == alone[1] == alone[2] == alone[3] and alone[5] == alone[6]
+    assert run_workers(2, AGREE, tmp_path) == [alone, alone]
 
 
 @pytest.mark.slow
@@ -100,15 +99,7 @@ def test_a_sharded_model_short_of_memory_ends_with_advice_and_does_not_hang(tmp_
     """The other process waits inside its forward for weights that never come; the launcher ends it."""
     script = tmp_path / "worker.py"
     script.write_text(SHORT_OF_MEMORY)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(script),
-    ]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=150)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = run([*launcher, str(script)], tmp_path)
     assert done.returncode != 0
     assert "does not fit the memory of process 1" in done.stderr and "smaller batch_tokens" in done.stderr

@@ -1,5 +1,6 @@
 """Whole texts, longer than the context: every token once, as the reference harness and metric count them."""
 
+import copy
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from data.tokenizer import train_tokenizer
@@ -84,8 +86,31 @@ def test_a_shorter_stride_is_another_number_and_batches_are_not(model, tokenizer
     assert abs(evaluate_texts(model, tokenizer, TEXTS, accelerator, stride=5).loss - one.loss) > 1e-4
 
 
+def test_a_tokenizer_that_adds_bos_begins_a_text_once(model, tokenizer, accelerator):
+    """The one in front is given and not scored; a second one, as target, would cost it bits of no text."""
+    adding = copy.deepcopy(tokenizer)
+    end = tokenizer.eos_token
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{end} $A", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    assert adding("A rat.")["input_ids"] == [tokenizer.eos_token_id, *tokenizer("A rat.")["input_ids"]]
+    found = evaluate_texts(model, adding, TEXTS, accelerator)
+    assert found == evaluate_texts(model, tokenizer, TEXTS, accelerator)
+
+
+def test_a_model_that_returns_nan_is_an_error_that_names_the_text(model, tokenizer, accelerator):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.transformer.wpe.weight[10] = math.nan  # which only longer texts reach
+    assert evaluate_texts(broken, tokenizer, ["A rat."], accelerator).loss > 0
+    with pytest.raises(ValueError, match="returned NaN, first on text 1"):
+        evaluate_texts(broken, tokenizer, ["A rat.", *TEXTS], accelerator, batch_tokens=1)
+
+
 def test_perplexities_of_short_texts_follow_the_evaluate_librarys_formula(model, tokenizer, accelerator):
-    """A start token in front, exp of each text's mean loss over all its tokens, the mean of those."""
+    """A start token in front, exp of each text's mean loss over all its tokens, the mean of those. Written
+    out here: the library fetches the metric's own code from the Hub.
+    """
     short = ["A rat.", "Water drips", "The corridor"]
     result = evaluate_texts(model, tokenizer, short, accelerator)
     expected = []

@@ -54,6 +54,7 @@ def write_record(run):
     (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in SAMPLES))
     (run / "data.json").write_text(json.dumps(RECEIPT))
     settings = {"learning_rate": 6e-4, "batch_tokens": 524288, "source": "fineweb-edu", "seed": 1337}
+    settings["hellaswag_questions"] = "hub"
     (run / "settings.yaml").write_text(yaml.safe_dump(settings))
     (run / "loss.png").write_bytes(b"\x89PNG\r\n")
 
@@ -115,6 +116,16 @@ def test_the_hub_reads_the_cards_metadata(run):
     )
     assert found["HellaSwag", "acc_norm"].metric_args == {"interval_95": [0.2627, 0.3189], "questions": 1000}
     assert all(result.dataset_type == "HuggingFaceFW/fineweb-edu" for result in results[:-1])
+
+
+def test_questions_of_an_own_file_are_not_called_the_hubs(run):
+    """They once were: whatever the run had asked stood in the card as Rowan/hellaswag's validation split."""
+    settings = {"source": "fineweb-edu", "hellaswag_questions": "/home/someone/private/questions.jsonl"}
+    (run / "settings.yaml").write_text(yaml.safe_dump(settings))
+    results = model_index_to_eval_results(ModelCard(card_of(run)).data.to_dict()["model-index"])[1]
+    (hellaswag,) = (result for result in results if result.metric_type == "acc_norm")
+    assert hellaswag.dataset_name == "HellaSwag questions of questions.jsonl"
+    assert (hellaswag.dataset_type, hellaswag.dataset_split) == ("text", None)
 
 
 def test_a_whole_evaluation_replaces_the_glance_taken_in_training(run):
