@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
 from training.device import start_accelerator
@@ -146,6 +147,8 @@ def our_model(shape: Shape, **more: Any) -> GPTScratchForCausalLM:
             n_layer=shape.layers,
             n_head=shape.heads,
             n_embd=shape.width,
+            bos_token_id=0,
+            eos_token_id=0,
             **more,
         )
     )
@@ -221,17 +224,36 @@ def our_training(shape: Shape, precision: str, compiled: bool, threads: int, **m
     return OurTraining(settings, accelerator, model, optimizer, step)
 
 
+class LigerGPT2(nn.Module):
+    """Stock GPT-2 with Liger's LayerNorm and its loss without logits.
+
+    Liger 0.8 replaces the parts of many models by itself, but not those of GPT-2.
+    """
+
+    def __init__(self, model: GPT2LMHeadModel):
+        super().__init__()
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerLayerNorm
+
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, nn.LayerNorm):
+                    setattr(parent, name, LigerLayerNorm(child.normalized_shape[0], child.eps, bias=True))
+                    getattr(parent, name).load_state_dict(child.state_dict())
+        self.model, self.loss = model, LigerFusedLinearCrossEntropyLoss()
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> CausalLMOutput:
+        hidden_states = self.model.transformer(input_ids).last_hidden_state[:, :-1].flatten(0, 1)
+        loss = self.loss(self.model.lm_head.weight, hidden_states, labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss)
+
+
 def peer_step(
     name: str, shape: Shape, precision: str, compiled: bool, device: str, peers: Path | None
 ) -> Callable[[Tensor], Tensor]:
     """Forward, backward, clip, AdamW as the peer's own script or transformers' documentation has it."""
     if name in (STOCK, LIGER):
-        if name == LIGER:
-            from liger_kernel.transformers import apply_liger_kernel_to_gpt2
-
-            apply_liger_kernel_to_gpt2()
-        model: Any = stock_model(shape).train()
-        model.to(device)
+        stock = stock_model(shape)
+        model: Any = (LigerGPT2(stock) if name == LIGER else stock).train().to(device)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY
         )

@@ -42,10 +42,10 @@ def generate_with(model: Any, cache: str | None) -> Callable[[torch.Tensor, int]
 
     more: dict[str, Any] = {}
     if cache == "static":
-        # On a GPU generate compiles static caches without being asked; on a CPU only when asked twice.
-        config = CompileConfig(fullgraph=False, mode="default")
-        config._compile_all_devices = True  # type: ignore[assignment]
-        more = {"cache_implementation": "static", "compile_config": config}
+        more = {"cache_implementation": "static"}
+        if model.device.type == "cpu":  # on a GPU generate compiles static caches without being asked
+            more["compile_config"] = CompileConfig(fullgraph=False, mode="default")
+            more["compile_config"]._compile_all_devices = True
 
     def generate(prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
         return model.generate(
@@ -67,7 +67,7 @@ def contenders(shape: Shape, arguments: Any) -> dict[str, Callable[[torch.Tensor
     torch.manual_seed(0)
     models: dict[str, Any] = {OURS: our_model(shape), STOCK: stock_model(shape)}
     for name, model in models.items():
-        model.eval().to(device)
+        model.eval().to(device, getattr(torch, arguments.dtype))
         model.config.use_cache = True  # the steps of training leave it off
         model.generation_config.eos_token_id = None
         model.generation_config.use_cache = True
@@ -76,7 +76,8 @@ def contenders(shape: Shape, arguments: Any) -> dict[str, Callable[[torch.Tensor
             found[f"{name}, static cache, compiled"] = generate_with(model, "static")
     if not why_missing(NANOGPT, device, arguments.peers):
         with contextlib.redirect_stdout(io.StringIO()):
-            nanogpt = peer_model(NANOGPT, shape, arguments.peers).eval().to(device)
+            nanogpt = peer_model(NANOGPT, shape, arguments.peers).eval()
+        nanogpt.to(device, getattr(torch, arguments.dtype))
         found[NANOGPT] = lambda prompt, new_tokens: nanogpt.generate(prompt, new_tokens, top_k=1)
     return found
 
@@ -106,7 +107,7 @@ def measure(ways: dict, batch: int, new_tokens: int, shape: Shape, arguments: An
     ]
 
 
-def table_of(figures: list[dict], limits: dict[str, float], shape: Shape) -> Table:
+def table_of(figures: list[dict], limits: dict[str, float], shape: Shape, dtype: str) -> Table:
     rows = []
     for row in figures:
         same = [
@@ -115,7 +116,9 @@ def table_of(figures: list[dict], limits: dict[str, float], shape: Shape) -> Tab
             if (other["batch"], other["new_tokens"]) == (row["batch"], row["new_tokens"])
         ]
         speed = median(row["tokens_per_second"])
-        bound = row["batch"] * limits["bytes_per_second"] / (4 * shape.parameters)
+        bound = (
+            row["batch"] * limits["bytes_per_second"] / (getattr(torch, dtype).itemsize * shape.parameters)
+        )
         row["of_bound"] = speed / bound
         beside = []
         for peer in (f"{STOCK}, dynamic cache", f"{STOCK}, static cache, compiled", NANOGPT):
@@ -135,7 +138,7 @@ def table_of(figures: list[dict], limits: dict[str, float], shape: Shape) -> Tab
     columns = ["batch", "new tokens", "", "tokens/s (smallest–largest)", "of the memory bound"]
     columns += ["stock dynamic = 1", "stock compiled = 1", "nanoGPT = 1", "first call, s"]
     return Table(
-        f"float32, {shape.parameters / 1e6:,.0f} M parameters, {PROMPT_TOKENS} tokens before", columns, rows
+        f"{dtype}, {shape.parameters / 1e6:,.0f} M parameters, {PROMPT_TOKENS} tokens before", columns, rows
     )
 
 
@@ -148,6 +151,7 @@ def main() -> None:
         default=["1x256", "1x1000", "16x256"],
         help="batch x new tokens; 16x1000 adds ten minutes on two CPU cores",
     )
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of all weights")
     parser.add_argument("--no_compile", action="store_true", help="leave the compiled static caches out")
     parser.add_argument(
         "--nanogpt_tokens", type=int, default=256, help="ask nanoGPT for batch x new tokens up to so many"
@@ -180,8 +184,8 @@ def main() -> None:
                 asked = f"--nanogpt_tokens {batch * new_tokens} runs it"
                 result.not_run.append([f"{NANOGPT}, batch {batch}, {new_tokens:,} new tokens", asked])
             result.figures += measure(some, batch, new_tokens, shape, arguments)
-            print(table_of(result.figures, limits, shape).as_markdown(), flush=True)
-        result.tables.append(table_of(result.figures, limits, shape))
+            print(table_of(result.figures, limits, shape, arguments.dtype).as_markdown(), flush=True)
+        result.tables.append(table_of(result.figures, limits, shape, arguments.dtype))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from training.throughput import peak_of
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS_OF = ("torch", "transformers", "accelerate", "tokenizers", "datasets")
@@ -200,7 +203,8 @@ def peak_bytes(device: str) -> int:
 def product_rate(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of the best of some large square matrix products."""
     side = 2048 if device == "cpu" else 8192
-    one, other = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    # Random: zeros and ones switch fewer transistors, and a GPU that is bound by its power goes faster.
+    one, other = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = min(timed(lambda: one @ other, device).wall for _ in range(6))
     return 2 * side**3 / best
 
@@ -213,17 +217,22 @@ def read_bandwidth(device: str) -> float:
 
 
 def physical_limits(device: str) -> dict[str, float]:
-    return {
+    """What was measured here, and the datasheet's rate of a device in the table of `training.throughput`."""
+    limits = {
         "fp32": product_rate(device, torch.float32),
         "bf16": product_rate(device, torch.bfloat16),
         "bytes_per_second": read_bandwidth(device),
     }
+    if device == "cuda" and (datasheet := peak_of(torch.cuda.get_device_name())[0]):
+        limits["datasheet_bf16"] = datasheet
+    return limits
 
 
 def describe_limits(limits: dict[str, float]) -> str:
+    known = f" ({limits['datasheet_bf16'] / 1e9:,.0f} by its datasheet)" if "datasheet_bf16" in limits else ""
     return (
         f"matrix products {limits['fp32'] / 1e9:,.0f} GFLOP/s in float32 and {limits['bf16'] / 1e9:,.0f} in "
-        f"bfloat16; memory is read at {limits['bytes_per_second'] / 1e9:,.1f} GB/s"
+        f"bfloat16{known}; memory is read at {limits['bytes_per_second'] / 1e9:,.1f} GB/s"
     )
 
 
@@ -235,7 +244,10 @@ ANSWER = "answer: "  # so begins a contender's line that is not its libraries' c
 
 
 class Worker:
-    """A process that warms up, then works a turn each time it is told to and answers with a line of JSON."""
+    """A process that warms up, then works a turn each time it is told to and answers with a line of JSON.
+
+    Asking for `warm` waits for the first of these: several that were started before warm up side by side.
+    """
 
     def __init__(self, module: str, *flags: str, threads: int):
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
@@ -247,10 +259,14 @@ class Worker:
             text=True,
             env=environment,
         )
-        self.warm = self._answer()
+
+    @cached_property
+    def warm(self) -> dict[str, Any]:
+        """What the process says of its warm-up."""
+        return self._answer()
 
     def turn(self) -> dict[str, Any]:
-        assert self._process.stdin is not None
+        assert self.warm and self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         return self._answer()

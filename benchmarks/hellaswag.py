@@ -14,6 +14,7 @@ two references one after the other. Choices are by the sum and by the norm of th
 as a tie where the reference itself gives both endings the same number.
 """
 
+import importlib.util
 import statistics
 import time
 from dataclasses import dataclass
@@ -22,9 +23,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks.hellaswag.utils import preprocess
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from benchmarks.harness import Result, benchmark_parser, hardware, reported, table_from_markdown
@@ -45,6 +43,10 @@ class Endings:
 
 
 def harness(model, tokenizer, questions: list[Question], device) -> dict[str, list[Endings]]:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks.hellaswag.utils import preprocess
+
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16)
     requests, endings = [], []
     for number, q in enumerate(questions):
@@ -109,6 +111,13 @@ CONTESTANTS = {
 }
 
 
+def contestants_here() -> list[str]:
+    """Without lm-evaluation-harness installed, those that need it for nothing."""
+    if importlib.util.find_spec("lm_eval"):
+        return list(CONTESTANTS)
+    return [NANOGPT, "ours, completion style"]
+
+
 def differences(found: list[Endings], reference: list[Endings]) -> dict[str, float]:
     """Choices that differ, by sum and by norm, those of them that are ties there, and the largest gap in
     nats."""
@@ -150,6 +159,8 @@ def main() -> None:
         "HellaSwag",
         "GPT-2 of 124M shape with random weights, unless --model names one; the references take float32.",
     )
+    if HARNESS not in contestants_here():
+        result.not_run.append([HARNESS, "pip install lm-eval"])
     with reported(result, arguments.json):
         report = measured(arguments)
         result.tables.append(table_from_markdown(as_markdown(report)))
@@ -171,9 +182,11 @@ def measured(arguments: Any) -> dict:
     tokenizer = gpt2_tokenizer()
     questions = load_questions(arguments.data)[:: arguments.every][: arguments.limit]
 
-    runs = [(name, dtype) for dtype in arguments.dtypes for name in CONTESTANTS]
+    contestants = contestants_here()
+    runs = [(name, dtype) for dtype in arguments.dtypes for name in contestants]
     runs = [(name, dtype) for name, dtype in runs if dtype == "float32" or name.startswith("ours")]
-    runs = [(name, "float32") for name in (HARNESS, NANOGPT) if (name, "float32") not in runs] + runs
+    references = [name for name in contestants if not name.startswith("ours")]
+    runs = [(name, "float32") for name in references if (name, "float32") not in runs] + runs
     wall: dict[tuple[str, str], list[float]] = {run: [] for run in runs}
     cpu: dict[tuple[str, str], list[float]] = {run: [] for run in runs}
     scores = {}
@@ -214,6 +227,8 @@ def describe(name: str, dtype: str, questions: int, clocks: dict, scores: dict) 
         row[f"{clock}_seconds"] = statistics.median(mine)
         row[f"questions_per_{clock}_second"] = questions / statistics.median(mine)
         for reference in (HARNESS, NANOGPT):
+            if (reference, "float32") not in seconds:
+                continue
             times = seconds[reference, "float32"]
             row[f"{clock}_ratio_{reference}"] = statistics.median(
                 a / b for a, b in zip(times, mine, strict=True)
@@ -245,7 +260,10 @@ def as_markdown(report: dict) -> str:
             row["dtype"],
             f"{row['questions_per_wall_second']:.2f}",
             f"{row['cpu_seconds']:.1f}",
-            *(f"{row[f'wall_ratio_{kind}']:.2f}" for kind in (HARNESS, NANOGPT, "same_work")),
+            *(
+                f"{row[key]:.2f}" if (key := f"wall_ratio_{kind}") in row else ""
+                for kind in (HARNESS, NANOGPT, "same_work")
+            ),
             f"{row['cpu_ratio_same_work']:.2f}",
             f"{differing} of {choices} ({ties})" if row["name"].startswith("ours") else "",
             f"{max(d['max_nats'] for d in found):.1e}" if row["name"].startswith("ours") else "",

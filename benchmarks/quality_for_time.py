@@ -235,6 +235,7 @@ def compare(names: list[str], arguments: argparse.Namespace) -> dict[str, list[d
                 flags += [f"--{field}", str(getattr(arguments, field))]
             worker = Worker("benchmarks.quality_for_time", *flags, threads=arguments.threads)
             stack.callback(worker.close)
+            assert worker.warm
             workers[name] = worker
         for turn in range(arguments.turns):
             for name in names:

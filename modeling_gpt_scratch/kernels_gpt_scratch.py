@@ -41,10 +41,12 @@ def _onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-# An operator of our own for torch.compile, which takes torch's only with constant weights. Checkpoints bring
-# copies of this file, so its name is the copy's: one must not serve another.
+# Checkpoints bring copies of this file, so the operators' names are the copy's: one must not serve another.
+COPY = f"{zlib.crc32(__name__.encode()):08x}"
+
+# An operator of our own for torch.compile, which takes torch's only with constant weights.
 _onednn_linear_compiled = torch.library.custom_op(
-    f"gpt_scratch::onednn_linear_{zlib.crc32(__name__.encode()):08x}", _onednn_linear, mutates_args=()
+    f"gpt_scratch::onednn_linear_{COPY}", _onednn_linear, mutates_args=()
 )
 _onednn_linear_compiled.register_fake(lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
 
@@ -85,6 +87,14 @@ def project(layer, x):
     return layer(x)
 
 
+def in_product_type(x):
+    """`x` in autocast's type, where that is on: cast once for several layers that would each do it."""
+    device_type = x.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return x
+    return x.to(torch.get_autocast_dtype(device_type))
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Dropout.
 
@@ -115,15 +125,16 @@ class Dropout(nn.Dropout):
 
 # More rows per matrix product are faster, fewer take less memory: at most this many chunks …
 LOSS_CHUNKS = 8
-# … of at least this many rows, below which matrix products lose their speed.
-LOSS_CHUNK_ROWS = 256
+# … of at least this many rows, below which matrix products lose their speed; a GPU's lose it earlier.
+LOSS_CHUNK_ROWS, LOSS_CHUNK_ROWS_ON_GPU = 256, 4096
 
 
 def _loss_chunks(hidden_states, targets, ignore_index):
     """Cut N rows into few runs of n: states (n, C), targets (n, 1) with 0 for ignored, who counts (n, 1)."""
     counts = (targets != ignore_index).unsqueeze(1)
     targets = targets.unsqueeze(1).masked_fill(~counts, 0)
-    n_chunks = max(1, min(LOSS_CHUNKS, hidden_states.shape[0] // LOSS_CHUNK_ROWS))
+    chunk_rows = LOSS_CHUNK_ROWS_ON_GPU if hidden_states.device.type == "cuda" else LOSS_CHUNK_ROWS
+    n_chunks = max(1, min(LOSS_CHUNKS, hidden_states.shape[0] // chunk_rows))
     return zip(*(tensor.chunk(n_chunks) for tensor in (hidden_states, targets, counts)), strict=True)
 
 
@@ -141,6 +152,60 @@ def _chunk_losses(hidden_states, weight, targets, counts):
     return (sums.log() - target_logits) * counts, numerators, counts / sums
 
 
+def _sum_and_gradients(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    ignore_index: int,
+    dtype: torch.dtype,
+    weight_needs_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Summed cross-entropy, its gradients by `hidden_states` and, float32 or empty, by `weight`."""
+    loss = hidden_states.new_zeros((), dtype=torch.float32)
+    # Sums over chunks are kept in float32 whatever the products are in.
+    grad_weight = weight.new_zeros(weight.shape if weight_needs_grad else 0, dtype=torch.float32)
+    grad_hidden: list[torch.Tensor] = []
+    w = weight.to(dtype)
+    is_fused = torch.compiler.is_compiling()
+    for x, y, counts in _loss_chunks(hidden_states, targets, ignore_index):
+        x = x.to(dtype)
+        if is_fused and grad_hidden:
+            # A compiler would take the products of all chunks first, and hold all of the logits after all.
+            x = x + 0 * grad_hidden[-1][-1, -1]
+        losses, softmax, factors = _chunk_losses(x, w, y, counts)
+        loss = loss + losses.sum()
+        # d loss / d logits = softmax - one_hot, made in the buffer that the logits were in.
+        if is_fused:  # in one kernel, which never writes the softmax
+            softmax = softmax * factors - (torch.arange(w.shape[0], device=y.device) == y) * counts
+        else:
+            softmax.mul_(factors).scatter_add_(1, y, -counts.float())
+        grad_logits = softmax.to(dtype)
+        del softmax
+        grad_hidden.append((grad_logits @ w).to(hidden_states.dtype))
+        if weight_needs_grad and dtype == torch.float32:
+            grad_weight.addmm_(grad_logits.T, x)
+        elif weight_needs_grad:  # in slices: adding mixed types first copies the lower one, whole, to float32
+            slices = LOSS_CHUNKS if x.device.type == "cpu" else 1
+            parts = zip(grad_weight.chunk(slices), grad_logits.chunk(slices, dim=1), strict=True)
+            for rows, columns in parts:
+                rows += columns.T @ x
+        del grad_logits  # or it would live through the next chunk's logits
+    return loss, torch.cat(grad_hidden), grad_weight
+
+
+# On a CPU compilers leave it as it is, an operator of our own: they would keep each chunk's part of the
+# weight's gradient and add them up in the end.
+_sum_and_gradients_on_cpu = torch.library.custom_op(
+    f"gpt_scratch::summed_linear_cross_entropy_{COPY}", _sum_and_gradients, mutates_args=()
+)
+
+
+@_sum_and_gradients_on_cpu.register_fake
+def _(hidden_states, weight, targets, ignore_index, dtype, weight_needs_grad):
+    grad_weight = weight.new_empty(weight.shape if weight_needs_grad else 0, dtype=torch.float32)
+    return hidden_states.new_empty((), dtype=torch.float32), torch.empty_like(hidden_states), grad_weight
+
+
 class _SummedLinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of `hidden_states @ weight.T`; gradients are taken while a chunk is at hand.
 
@@ -150,30 +215,12 @@ class _SummedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_states, weight, targets, ignore_index, dtype, weight_needs_grad):
-        loss = hidden_states.new_zeros((), dtype=torch.float32)
-        # Sums over chunks are kept in float32 whatever the products are in.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_needs_grad else None
-        grad_hidden = []
-        w = weight.to(dtype)
-        for x, y, counts in _loss_chunks(hidden_states, targets, ignore_index):
-            x = x.to(dtype)
-            losses, softmax, factors = _chunk_losses(x, w, y, counts)
-            loss = loss + losses.sum()
-            # d loss / d logits = softmax - one_hot, made in the buffer that the logits were in.
-            softmax.mul_(factors).scatter_add_(1, y, -counts.float())
-            grad_logits = softmax.to(dtype)
-            del softmax
-            grad_hidden.append((grad_logits @ w).to(hidden_states.dtype))
-            if grad_weight is not None:
-                if dtype == torch.float32:
-                    grad_weight.addmm_(grad_logits.T, x)
-                else:  # in slices: adding mixed types first copies the lower one, whole, to float32
-                    for rows, columns in zip(
-                        grad_weight.chunk(LOSS_CHUNKS), grad_logits.chunk(LOSS_CHUNKS, dim=1), strict=True
-                    ):
-                        rows += columns.T @ x
-            del grad_logits  # or it would live through the next chunk's logits
-        ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
+        on_cpu = hidden_states.device.type == "cpu" and torch.compiler.is_compiling()
+        compute = _sum_and_gradients_on_cpu if on_cpu else _sum_and_gradients
+        loss, grad_hidden, grad_weight = compute(
+            hidden_states, weight, targets, ignore_index, dtype, weight_needs_grad
+        )
+        ctx.save_for_backward(grad_hidden, grad_weight if weight_needs_grad else None)
         ctx.weight_dtype = weight.dtype
         return loss
 

@@ -39,6 +39,7 @@ try:  # as a package, and as a checkpoint's remote code
         ATTENTION_BLOCKS_LONGEST,
         AttentionInBlocks,
         Dropout,
+        in_product_type,
         linear_cross_entropy,
         project,
     )
@@ -48,6 +49,7 @@ except ImportError:  # with this folder on sys.path
         ATTENTION_BLOCKS_LONGEST,
         AttentionInBlocks,
         Dropout,
+        in_product_type,
         linear_cross_entropy,
         project,
     )
@@ -103,6 +105,7 @@ class GPTScratchAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T = hidden_states.shape[:2]
         heads = (B, T, -1, self.head_dim)  # -1: under tensor parallelism a device has a share of the heads
+        hidden_states = in_product_type(hidden_states)
         # Called by name, not through `project` as the others: else servers do not see that they may be fused.
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # (B, H, T, D)
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
