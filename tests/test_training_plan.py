@@ -1,10 +1,8 @@
 """Before and during a run: what it will take, how far its budget goes, what its device can do."""
 
 import json
-import re
 import resource
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ from training_toys import (
     TOY_SETTINGS,
     as_flags,
     environment,
-    metrics_of,
     run_training,
     train_command,
     write_toy_shards,
@@ -23,14 +20,11 @@ from training_toys import (
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from train_accelerate import main
-from training.budget import RunLength
-from training.checkpoint import TrainState
 from training.memory import TensorBytes, available_memory, peak_memory
 from training.micro_batch import with_largest_micro_batch
 from training.recipe import TrainSettings
-from training.schedule import learning_rate_at
 from training.settings import SettingsError, parse_settings
-from training.throughput import Machine, describe_machine, flops_per_token, peak_of
+from training.throughput import describe_machine, flops_per_token, peak_of
 
 CPU = torch.device("cpu")
 
@@ -229,83 +223,6 @@ def test_living_tensors_are_counted_and_views_are_not():
 
 def test_this_machine_has_memory_and_this_process_has_taken_some():
     assert 100e6 < peak_memory(CPU) < available_memory(CPU)
-
-
-# Budgets
-
-
-def test_a_budget_of_tokens_is_the_runs_length_and_its_schedules(shards, tmp_path, capsys):
-    train_here(shards=shards, run_dir=tmp_path / "run", max_steps=500, budget_tokens=9 * 256 + 100)
-    steps = [line for line in metrics_of(tmp_path / "run") if "loss" in line]
-    assert len(steps) == 9 and steps[-1]["tokens"] == 9 * 256
-    assert steps[-1]["learning_rate"] == pytest.approx(0.05 * 3e-3)
-    assert "9 steps of 256 tokens" in capsys.readouterr().out
-    train_here(shards=shards, run_dir=tmp_path / "run", max_steps=500, budget_tokens=9 * 256 + 100)
-    assert "is complete (9 steps)" in capsys.readouterr().out
-
-
-def test_money_becomes_steps_at_the_measured_rate_and_the_schedule_follows(shards, tmp_path, capsys):
-    """A dollar a second. The run knows no end but its money."""
-    money = {"price_per_gpu_hour_usd": 3600, "budget_usd": 5, "max_steps": 10**6, "log_every_steps": 1}
-    train_here(shards=shards, run_dir=tmp_path / "run", eval_every_steps=40, save_every_steps=20,
-               sample_every_steps=10**6, **money)  # fmt: skip
-    steps = [line for line in metrics_of(tmp_path / "run") if "loss" in line]
-    length = json.loads((tmp_path / "run" / "length.json").read_text())
-    assert 20 <= len(steps) == length["max_steps"] < 10**6
-    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
-    announced = re.findall(r"the run will have ([\d,]+) steps", capsys.readouterr().out)
-    assert announced
-    begun = TrainSettings(learning_rate=3e-3, final_learning_rate_ratio=0.05, warmup_steps=2, max_steps=10**6)
-    # How often a length was fitted, and to how many steps, is the machine's affair.
-    lengths = [begun, *(replace(begun, max_steps=int(said.replace(",", ""))) for said in announced)]
-    for line in steps:
-        rates = [learning_rate_at(line["step"] - 1, length) for length in lengths]
-        assert min(abs(rate / line["learning_rate"] - 1) for rate in rates) < 1e-6, line
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    spent = [line["spend_usd"] for line in lines if "spend_usd" in line]
-    assert spent == sorted(spent) and spent[-1] > 0
-
-
-def test_a_fitted_length_outlives_the_process(accelerator, tmp_path):
-    settings = TrainSettings(
-        budget_usd=10.0, price_per_gpu_hour_usd=3600.0, max_steps=10**6, save_every_steps=5
-    )
-    machine = Machine("a device", 1, 1e12, "", 1e6, price_per_hour_usd=3600.0)
-    state = TrainState(None, None)
-    first = RunLength(accelerator, tmp_path, settings, machine, state)
-    for step in range(1, 31):
-        state.step, state.elapsed_seconds = step, 0.1 * step
-        said = first.fit(state)
-        assert bool(said) == (step == 20)
-    # 8 seconds are left after step 20, of which three hundredths of ten are kept: 77 steps more.
-    assert first.max_steps == 97 and first.settings.warmup_steps == 24
-    again = RunLength(accelerator, tmp_path, settings, machine, state)
-    assert again.max_steps == 97 and again.settings == first.settings
-    state.elapsed_seconds = 10.5
-    assert "spent" in again.fit(state) and again.max_steps == state.step
-
-
-def test_money_that_does_not_reach_the_first_checkpoint_is_refused(accelerator, tmp_path):
-    settings = TrainSettings(budget_usd=10.0, price_per_gpu_hour_usd=3600.0, save_every_steps=1000)
-    machine = Machine("a device", 1, 1e12, "", 1e6, price_per_hour_usd=3600.0)
-    state = TrainState(None, None)
-    length = RunLength(accelerator, tmp_path, settings, machine, state)
-    with pytest.raises(
-        SettingsError, match=r"pays for 97 steps.*save_every_steps=1,000.*10.3 times the budget"
-    ):
-        for step in range(1, 31):
-            state.step, state.elapsed_seconds = step, 0.1 * step
-            length.fit(state)
-
-
-def test_budgets_that_make_no_sense_are_refused_all_at_once():
-    assert "--price_per_gpu_hour_usd must be at least 0, is -1.0" in complaints(price_per_gpu_hour_usd=-1)
-    text = complaints(budget_tokens=1_000_000, budget_usd=5, fit_schedule="true")
-    assert (
-        "are 1 steps of 524,288, fewer than save_every_steps=5,000" in text
-        and "--save_every_steps 1 or" in text
-    )
-    assert "budget_usd needs price_per_gpu_hour_usd" in text and "fit_schedule needs max_minutes" in text
 
 
 # Devices

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ DATA_FILE = "data.json"
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+LENGTH_FILE = "length.json"
 LOCK_FILE = ".lock"
 # How some network file systems say that they have no locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
@@ -211,10 +213,20 @@ class RunDirectory:
             )
         return problems
 
-    def continue_metrics(self, last_step: int) -> None:
-        """Forget metrics and samples of later steps, which come again, and a line that a crash cut off."""
+    def continue_metrics(self, last_step: int) -> float:
+        """Forget metrics and samples of later steps, which come again, and lines that a crash cut off.
+
+        Returns the seconds that the run had taken when it last said so: what a kill undid was paid for too.
+        """
+        if not self._is_main:
+            return 0.0
+        for name in (METRICS_FILE, SAMPLES_FILE, EVENTS_FILE):
+            mend_last_line(self.path / name)
+        lines = [*_json_lines(self.path / METRICS_FILE), *_json_lines(self.path / EVENTS_FILE)]
+        elapsed = max((line.get("elapsed_seconds") or 0.0 for line in lines), default=0.0)
         for name in (METRICS_FILE, SAMPLES_FILE):
             self._forget_after(self.path / name, last_step)
+        return elapsed
 
     def _forget_after(self, path: Path, last_step: int) -> None:
         if not self._is_main or not path.exists():
@@ -264,6 +276,31 @@ class RunDirectory:
             self._unwritten[name] = text
             if path.exists():
                 os.truncate(path, size)  # a part of a line may have found room
+
+
+def mend_last_line(path: Path) -> None:
+    """End a last line that a crash cut off before its newline, or remove it if more than that is missing."""
+    if not path.exists():
+        return
+    whole, newline, last = path.read_bytes().rpartition(b"\n")
+    if not last:
+        return
+    try:
+        json.loads(last)
+        with open(path, "ab") as file:
+            file.write(b"\n")
+    except ValueError:
+        os.truncate(path, len(whole + newline))
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """What is whole of a file of JSON objects."""
+    lines = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def _finite(value: Any) -> Any:

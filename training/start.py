@@ -53,7 +53,7 @@ def open_run(
     set_seed(settings.seed + accelerator.process_index)  # each process draws its own dropout
     if resumed_from is not None:
         restore_checkpoint(accelerator, resumed_from, state)
-    run.continue_metrics(state.step)
+    state.elapsed_seconds = max(state.elapsed_seconds, run.continue_metrics(state.step))
     return run, state
 
 

@@ -159,6 +159,19 @@ def device_name(device: torch.device) -> str:
     return device.type
 
 
+@dataclass
+class TimeSpent:
+    """Seconds that one activity has taken: in all, and the last time it was done."""
+
+    seconds: float = 0.0
+    last_seconds: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """It was done once more."""
+        self.seconds += seconds
+        self.last_seconds = seconds
+
+
 class Stopwatch:
     """Tokens per second of training alone.
 
