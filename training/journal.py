@@ -1,6 +1,7 @@
 """What a run tells: a line of metrics per step, the progress bar, events, trackers."""
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -84,6 +85,7 @@ class Journal:
             step=state.step,
             elapsed_seconds=round(state.elapsed_seconds, 3),
             processes=processes,
+            machines=processes // int(os.environ.get("LOCAL_WORLD_SIZE", processes)),
             sharding=self._accelerator.distributed_type.value,
             parameters=parameters,
             validation_rows=validation_rows,

@@ -105,15 +105,19 @@ def data_receipt(train_set: Any) -> dict[str, Any]:
     }
 
 
-def is_held(path: Path) -> bool:
-    """Whether a run, of this process or another, is in progress in the folder, as far as its lock tells."""
-    if fcntl is None or not (path / LOCK_FILE).exists():
+def is_held(path: Path) -> bool | None:
+    """Whether a run, of this process or another, is in progress in the folder; None where no lock says so."""
+    if not (path / LOCK_FILE).exists():
         return False
-    with open(path / LOCK_FILE, "rb") as lock:
-        try:
+    if fcntl is None:
+        return None
+    try:
+        with open(path / LOCK_FILE, "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks, or somebody else's folder
+        return None
     return False
 
 
