@@ -167,7 +167,7 @@ def train(
     journal = Journal(accelerator, run, guard, state, settings, rows_in_words, machine, length)
     writer = BackgroundWriter(warn=journal.say)
     interruptions = Interruptions(
-        accelerator, run_dir, max_minutes=settings.max_minutes, save_every_minutes=settings.save_every_minutes
+        accelerator, run_dir, max_minutes=length.stop_minutes, save_every_minutes=settings.save_every_minutes
     )
     stop = ""
     model.train()  # once: what looks at the model puts it back
@@ -197,10 +197,10 @@ def train(
             average.update(state.step)
             journal.add(state, learning_rate, loss, gradient_norm, is_skipped, num_tokens, all_shares)
 
-            agreed = interruptions.agree(alarm=writer.cannot_go_on())
-            if state.step % settings.log_every_steps == 0:
+            agreed = interruptions.agree(alarm=writer.cannot_go_on(), fit=length.is_due(state))
+            if agreed.fit or state.step % settings.log_every_steps == 0:
                 journal.flush(state)
-                journal.say(length.fit(state))
+            journal.say(length.fit(state, journal.spent) if agreed.fit else "")
             is_last = state.step >= length.max_steps
             evaluates = is_last or state.step % settings.eval_every_steps == 0
             saves = agreed.save or state.step % settings.save_every_steps == 0

@@ -44,6 +44,7 @@ BENCHMARKS = (
     Benchmark("hellaswag", "float32 ≥ 2.2 × the best peer, bfloat16 ≥ 4 ×, equal choices", 5, "questions"),
     Benchmark("generation", "never slower than stock; ≥ 5 × nanoGPT at 256 new tokens, ≥ 10 × at 1,000", 12),
     Benchmark("startup", "reported: start to first step, a checkpoint, resume to first step", 3),
+    Benchmark("plan", "seconds and memory of a run within 10% of what --plan said", 6),
     Benchmark("scaling", "≥ 0.9 efficiency where cores allow; memory within 10% of --plan", 6),
 )
 

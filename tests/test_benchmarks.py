@@ -77,7 +77,7 @@ def test_spread_is_the_median_and_the_extremes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["training_step", "generation", "loss", "loop_overhead", "startup", "scaling"]
+    "name", ["training_step", "generation", "loss", "loop_overhead", "startup", "plan", "scaling"]
 )
 def test_a_benchmark_runs_at_toy_size_and_says_which_peers_are_missing(name, tmp_path):
     run(name, "--quick", "--threads", "1", "--json", str(tmp_path))

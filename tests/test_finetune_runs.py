@@ -197,6 +197,18 @@ def test_two_processes_take_the_same_steps_as_one_and_both_reach_the_end(rooms, 
     assert told[0]["after"]["rooms"] == pytest.approx(told[1]["after"]["rooms"], rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_plan_counts_the_tokens_that_rows_have(rooms, bases, tmp_path, method):
+    """Rows of one room each are not full; a batch is accumulated, so the plan trains the same model twice."""
+    output = tmp_path / "plan.json"
+    finetune_here(**flags(rooms, bases, tmp_path / "run", method=method, packing="no", batch_tokens=1024),
+                  plan="true", plan_steps=4, plan_output=output)  # fmt: skip
+    plan = json.loads(output.read_text())
+    assert 0 < plan["tokens"] < 0.8 * 6 * 1024
+    assert plan["tokens_per_second"] == pytest.approx(plan["tokens"] / 6 / plan["seconds_per_step"], rel=1e-3)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_checkpoint_is_a_base_too(rooms, finished, tmp_path):
     base = latest_checkpoint(finished)
     finetune_here(**{**flags(rooms, base, tmp_path / "run"), "model": base}, max_steps=1, eval_every_steps=1)

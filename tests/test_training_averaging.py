@@ -75,6 +75,17 @@ def test_without_a_decay_nothing_is_kept_and_nothing_called(accelerator):
     assert all(kinds.keys() == {"step", "exp_avg", "exp_avg_sq"} for kinds in optimizer.state.values())
 
 
+def test_nothing_to_average_yet_is_no_error(accelerator):
+    """On devices where a first step that is not finite leaves no optimizer's state."""
+    model = GPTScratchForCausalLM(GPTScratchConfig.preset("tiny", vocab_size=64))
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, TrainSettings()))
+    average = WeightAverage(accelerator, model, optimizer, 0.9)
+    average.update(1)
+    before = copy.deepcopy(model.state_dict())
+    average.use(lambda: None)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_trapezoidal_rate_stays_up_and_comes_down_linearly():
     settings = TrainSettings(
         schedule="trapezoidal",

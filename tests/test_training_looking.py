@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
-from training_toys import TOY_SETTINGS, as_flags, metrics_of, write_toy_shards
+from training_toys import ROOT, TOY_SETTINGS, as_flags, metrics_of, run_training, write_toy_shards
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from data.tokenizer import load_tokenizer
@@ -70,6 +70,26 @@ def test_a_run_that_is_looked_at_ends_in_the_same_weights_bit_for_bit(shards, tm
     assert all(line["hellaswag_questions"] == 3 and 0 <= line["hellaswag_acc_norm"] <= 1 for line in scores)
     samples = [json.loads(line) for line in (runs[0] / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in samples] == [step for step in range(1, 7) for _ in range(3)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*not the official hellaswag")
+def test_two_processes_that_are_looked_at_end_in_the_same_weights_bit_for_bit(shards, tmp_path):
+    """Each draws numbers of its own, and has its own share of validation, samples and questions."""
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps({**QUESTION, "label": label}) + "\n" for label in range(4)))
+    launch = ["--config_file", str(ROOT / "accelerate_configs" / "ddp.yaml"), "--num_processes", "2"]
+    looks = {"hellaswag_questions": questions, "hellaswag_limit": 3}
+    ends = []
+    for name, every in (("looked-at", 1), ("left-alone", 100)):
+        run = tmp_path / name
+        steps = {f"{look}_every_steps": every for look in ("eval", "sample", "hellaswag")}
+        steps |= looks if every == 1 else {}
+        port = ("--main_process_port", "0")
+        run_training(*launch, *port, shards=shards, run_dir=run, max_steps=4, dropout=0.2, **steps)
+        ends.append(complete_checkpoints(run)[4])
+    for file in ("model.safetensors", "optimizer.safetensors", "random_states.safetensors"):
+        assert (ends[0] / file).read_bytes() == (ends[1] / file).read_bytes(), file
 
 
 def test_questions_that_are_not_there_are_an_error_before_anything_is_written(shards, tmp_path, capsys):

@@ -1,14 +1,19 @@
-"""Freed memory stays with the process on a CPU, so that a step does not fetch its pages anew."""
+"""How much memory there is; and that freed memory stays with a process, which need not fetch it anew."""
 
 import platform
 import subprocess
 import sys
 import threading
 
+import psutil
 import pytest
+import torch
 from training_toys import environment
 
+from training import memory
 from training.checkpoint import BackgroundWriter
+
+CPU = torch.device("cpu")
 
 FAULTS = """
 import resource, torch
@@ -47,3 +52,35 @@ def test_the_thread_that_writes_a_checkpoint_ends_with_it():
                 thread.join(60)
                 assert not thread.is_alive()
     writer.close()
+
+
+def test_this_process_has_taken_memory_and_may_have_what_it_has():
+    """Its peak is not compared with what is there now: a peak may lie back, and neighbours come since."""
+    now = psutil.Process().memory_info().rss
+    assert memory.peak_memory(CPU) >= 0.99 * now  # the kernel's two counts of it are a little apart
+    assert memory.peak_without_proc() >= 0.99 * now
+    assert memory.available_memory(CPU) > 0.99 * now
+
+
+@pytest.mark.parametrize(
+    "own, limits",
+    [
+        ("0::/", {"memory.max": "4000000"}),
+        # A cluster's job has a group of its own; its steps, in others within, have no limit again.
+        ("0::/job_7/step_0", {"job_7/memory.max": "4000000", "job_7/step_0/memory.max": "max"}),
+        # A container does not see the folder that is its root.
+        ("0::/docker/ab12", {"memory.max": "4000000"}),
+        ("3:cpu:/x\n9:memory:/job_7", {"memory/job_7/memory.limit_in_bytes": "4000000"}),
+    ],
+)
+def test_the_processes_of_a_job_share_the_limit_of_its_control_group(tmp_path, monkeypatch, own, limits):
+    """Each process once had all of the limit, and only the outermost group was looked at. Files as Linux has
+    them, elsewhere."""
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "own")
+    for name, text in {"own": own, **limits}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    for processes in (1, 4):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert memory.available_memory(CPU) == 4_000_000 / processes

@@ -7,7 +7,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
-from training.muon import MuonAndAdamW, orthogonalised
+from training.device import choose_precision
+from training.muon import MuonAndAdamW, _product_dtype, orthogonalised
 from training.optimizer import build_optimizer, hidden_matrices, set_learning_rate
 from training.recipe import TrainSettings
 
@@ -38,21 +39,33 @@ def test_singular_values_come_near_one_and_singular_vectors_stay(shape):
     assert (inside - torch.diag_embed(diagonal)).abs().max() < 0.1
 
 
-def test_orthogonalised_agrees_with_torchs_own_muon():
-    ours, theirs = torch.nn.Parameter(torch.randn(32, 32)), None
+@pytest.mark.parametrize("shape", [(32, 32), (16, 64), (64, 16)])
+def test_updates_agree_with_torchs_own_muon(shape):
+    """Tall matrices with a larger share, as its rule named "original" has it."""
+    ours = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(9)))
     theirs = torch.nn.Parameter(ours.detach().clone())
     vector = torch.nn.Parameter(torch.ones(3))
     vector.grad = torch.ones(3)
     group = {"params": [ours], "weight_decay": 0.1, "momentum": 0.95}
     optimizer = MuonAndAdamW(group, [{"params": [vector]}], lr=0.02)
-    reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95)
+    rule = {"weight_decay": 0.1, "momentum": 0.95, "adjust_lr_fn": "original"}
+    reference = torch.optim.Muon([theirs], lr=0.02, **rule)
     for seed in range(3):
-        ours.grad = torch.randn(32, 32, generator=torch.Generator().manual_seed(seed))
+        ours.grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         theirs.grad = ours.grad.clone()
         optimizer.step()
         reference.step()
     # Both round to bfloat16 inside, in other places: a few units in its last place of an entry of the update.
-    torch.testing.assert_close(ours, theirs, atol=3 * 0.02 * 2**-6, rtol=0)
+    # Tall ones move twice as far. A wrong share would be off by half of an update: ten times that.
+    scale = max(1.0, shape[0] / shape[1]) ** 0.5
+    torch.testing.assert_close(ours, theirs, atol=3 * 0.02 * 2**-6 * scale, rtol=0)
+
+
+def test_products_are_in_the_type_that_the_device_has_in_hardware():
+    """On GPUs before Ampere, and Apple's, they were once in a bfloat16 that is emulated."""
+    assert _product_dtype(torch.device("mps")) == torch.float32
+    has_bfloat16 = choose_precision(torch.device("cpu"), "auto").value == "bf16"
+    assert _product_dtype(torch.device("cpu")) == (torch.bfloat16 if has_bfloat16 else torch.float32)
 
 
 def test_hidden_matrices_are_those_between_embeddings_and_head():

@@ -1,21 +1,22 @@
 """Before and during a run: what it will take, how far its budget goes, what its device can do."""
 
 import json
-import re
+import math
 import resource
 import subprocess
-from dataclasses import replace
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from torch import nn
 from training_toys import (
+    ROOT,
     TOY_SETTINGS,
     as_flags,
     environment,
-    metrics_of,
     run_training,
     train_command,
     write_toy_shards,
@@ -23,14 +24,13 @@ from training_toys import (
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from train_accelerate import main
-from training.budget import RunLength
-from training.checkpoint import TrainState
-from training.memory import TensorBytes, available_memory, peak_memory
+from training.memory import TensorBytes, available_memory
 from training.micro_batch import with_largest_micro_batch
+from training.plan import _plan, _refuse_what_is_too_large, is_out_of_memory
+from training.probe import Probe, probe_settings, read_probe, seconds_of_a_step
 from training.recipe import TrainSettings
-from training.schedule import learning_rate_at
 from training.settings import SettingsError, parse_settings
-from training.throughput import Machine, describe_machine, flops_per_token, peak_of
+from training.throughput import MEASURED_IN, describe_machine, flops_per_token, peak_of
 
 CPU = torch.device("cpu")
 
@@ -79,7 +79,7 @@ def test_a_plan_says_memory_time_and_money_and_touches_nothing(shards, tmp_path,
     assert memory["optimizer"] == pytest.approx(8 * plan["parameters"], rel=0.01)
     assert memory["activations"] > 4 * 4 * 32 * 32 * 2 and memory["loss"] > 0
     assert plan["total_usd"] == pytest.approx(plan["total_seconds"])  # a dollar a second
-    assert plan["seconds"]["training"] == pytest.approx(1000 * plan["seconds_per_step"])
+    assert {"training", "validation", "samples"} <= plan["seconds"].keys()
     for told in (
         "weights",
         "gradients",
@@ -120,8 +120,77 @@ def test_a_plan_refuses_what_cannot_work_and_names_what_can(shards, tmp_path, ca
     with pytest.raises(SystemExit):
         train_here(shards=shards, run_dir=tmp_path / "run", plan="true", n_embd=65536, n_layer=24, n_head=8)
     text = capsys.readouterr().err
-    assert "GB for weights, gradients and AdamW's moments alone" in text and "FSDP2 over" in text
+    assert "GB for weights, gradients and the optimizer's moments alone" in text and "FSDP2 over" in text
+    for output, why in ((tmp_path / "none" / "plan.json", "there is no folder"), (tmp_path, "is a folder")):
+        with pytest.raises(SystemExit):  # once after all steps had been taken
+            train_here(shards=shards, run_dir=tmp_path / "run", plan="true", plan_output=output)
+        said = capsys.readouterr()
+        assert f"--plan_output {output} cannot be written" in said.err and why in said.err
+        assert "Running on" not in said.out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_frozen_base_needs_memory_for_its_weights_alone(accelerator):
+    """LoRA on a base that fills half of the memory fits; training all of it does not."""
+    side = int((available_memory(CPU) / 2 / 4) ** 0.5)
+    settings = TrainSettings()
+    with torch.device("meta"):
+        model = nn.ModuleDict({"base": nn.Linear(side, side, bias=False), "adapter": nn.Linear(8, 8)})
+    with pytest.raises(SettingsError, match="moments alone"):
+        _refuse_what_is_too_large(model, settings, accelerator)
+    model["base"].requires_grad_(False)
+    _refuse_what_is_too_large(model, settings, accelerator)
+
+
+def test_what_is_done_once_a_step_is_counted_once():
+    """A step of n micro-batches of 1 s each, with an update of 0.3 s: it was once n / 2 updates."""
+    assert seconds_of_a_step(1, 1.3, math.nan) == 1.3
+    assert seconds_of_a_step(2, 1.3, 2.3) == pytest.approx(2.3)
+    assert seconds_of_a_step(64, 1.3, 2.3) == pytest.approx(64.3)
+    # Disturbed measurements: an update takes no less than nothing.
+    assert seconds_of_a_step(10, 0.5, 2.0) == pytest.approx(10.0)
+    assert seconds_of_a_step(10, 2.5, 2.0) == pytest.approx(10.0)
+
+
+def test_a_plans_times_are_those_of_the_steps_and_of_the_second_looks(accelerator, tmp_path):
+    """From files as a probe leaves them: rows that are not full, a first validation that compiles."""
+
+    def probe(name: str, step_seconds: float, tokens: int) -> Probe:
+        folder = tmp_path / name
+        folder.mkdir()
+        lines, seconds = [], [9.0, 1.5, *[step_seconds] * 18]
+        for step, took in enumerate(seconds, start=1):
+            lines.append(
+                {"step": step, "tokens": tokens * step, "loss": 1.0, "tokens_per_second": tokens / took}
+            )
+        lines.append({"step": 20, "tokens": tokens * 20, "validation_loss": 1.0})
+        started = {"event": "started", "processes": 1, "validation_rows": 10**6, "peak_tflops": 1.0,
+                   "flops_per_token": 1e6}  # fmt: skip
+        ended = {"event": "finished", "seconds": {"training": 99.0, "validation": 7.0, "samples": 1.0},
+                 "last_seconds": {"training": 1.0, "validation": 2.0, "samples": 0.5}}  # fmt: skip
+        for file, content in (("metrics.jsonl", lines), ("events.jsonl", [started, ended])):
+            (folder / file).write_text("".join(json.dumps(line) + "\n" for line in content))
+        return read_probe(folder)
+
+    settings = TrainSettings(
+        block_size=128, micro_batch_size=8, batch_tokens=64 * 1024, max_steps=1000, eval_every_steps=100,
+        eval_tokens=80 * 1024, sample_every_steps=500, price_per_gpu_hour_usd=3600.0,
+    )  # fmt: skip
+    settings_of_probe = probe_settings(settings, 1, CPU, tmp_path, micro_batches=2, looks=True)
+    assert settings_of_probe.batch_tokens == 2048 and settings_of_probe.eval_tokens == 8 * 1024
+    # A micro-batch is named 1,024 tokens and has 700 in its rows; it takes a second, the update 0.2 s.
+    both, single = probe("both", 2.2, 1400), probe("single", 1.2, 700)
+    plan = _plan(settings, settings_of_probe, both, single, {"weights": 1.0}, 10)
+    assert plan.seconds_per_step == pytest.approx(64.2)
+    assert plan.tokens == 1000 * 64 * 700
+    assert plan.tokens_per_second == pytest.approx(64 * 700 / 64.2)
+    assert plan.seconds == pytest.approx({
+        "training": 64_200.0,
+        "validation": 10 * 2.0 * 10,  # of ten times the tokens
+        "samples": 2 * 0.5,
+        "compilation, first calls": (9.0 + 1.5 + 2.2 - 3 * 2.2) + (7.0 - 4.0),
+    })  # fmt: skip
+    assert plan.total_usd == pytest.approx(plan.total_seconds)
 
 
 def test_shards_that_are_not_there_yet_are_planned_with_a_stand_in(tmp_path, capsys):
@@ -160,6 +229,85 @@ def test_the_largest_micro_batch_is_found_by_backing_off(tmp_path, most, tried):
         AcceleratorState._reset_state(reset_partial_state=True)
     assert log.read_text().split() == tried.split()
     assert found.micro_batch_size == min(most, 24) and not found.find_micro_batch_size
+
+
+def test_what_fails_for_another_reason_than_memory_is_said_with_it(tmp_path, capsys):
+    """It was once called too large, and its reason was dropped."""
+    script = tmp_path / "script.py"
+    broken = SCRIPT.replace(
+        'MemoryError("out of memory")', 'RuntimeError("a worker is out of shared memory")'
+    )
+    settings = TrainSettings(block_size=32, batch_tokens=32 * 4, micro_batch_size=1)
+    script.write_text(broken.format(most=1, log=str(tmp_path / "log")))
+    assert with_largest_micro_batch(settings, str(script)).micro_batch_size == 1
+    said = capsys.readouterr().out
+    assert "2 rows: failed, not for want of memory: RuntimeError: a worker is out of shared" in said
+    script.write_text(broken.format(most=0, log=str(tmp_path / "log")))
+    with pytest.raises(SettingsError, match="a trial of one row failed: RuntimeError: a worker"):
+        with_largest_micro_batch(settings, str(script))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(
+    "text, is_memory",
+    [
+        ("CUDA out of memory. Tried to allocate 20.00 GiB", True),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.", True),
+        ("unable to mmap 99 bytes from file <x>: Cannot allocate memory (12)", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("DataLoader worker (pid 9) is killed by signal: Bus error. It is possible that dataloader's workers "
+         "are out of shared memory. Please try to raise your shared memory limit.", False),
+        ("unable to allocate shared memory(shm) for file </torch_9>: Cannot allocate memory (12)", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)  # fmt: skip
+def test_memory_that_ran_out_is_told_from_other_errors_by_their_words(text, is_memory):
+    assert is_out_of_memory(RuntimeError(text)) == is_memory
+
+
+SHARDED = """
+from training.device import as_script
+from training.micro_batch import with_largest_micro_batch
+from training.recipe import TrainSettings
+with as_script():
+    with_largest_micro_batch(TrainSettings(), __file__)
+"""
+ALONE_WITH_ITS_ERROR = """
+import torch
+from training.device import as_script, start_processes
+from training.plan import plan_or_run
+from training.recipe import TrainSettings
+def run(settings, model):
+    if start_processes().process_index == 1:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+    torch.distributed.barrier()
+with as_script():
+    plan_or_run(TrainSettings(micro_batch_size=6), lambda: None, run, __file__)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config, code, said",
+    [
+        ("fsdp2", SHARDED, "which would hold all of a model that FSDP2 is to share among 2"),
+        ("ddp", ALONE_WITH_ITS_ERROR, "micro_batch_size=6 does not fit the memory (DefaultCPUAllocator"),
+    ],
+)  # fmt: skip
+def test_two_processes_say_why_they_cannot_go_on(tmp_path, config, code, said):
+    """Also where only the second has the error: its advice was once lost."""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    config_file = ROOT / "accelerate_configs" / f"{config}.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
+    done = subprocess.run(
+        [*launch, "--num_processes", "2", "--main_process_port", "0", str(script)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode and "error: " in done.stderr and said in done.stderr, done.stderr
 
 
 def test_where_not_one_row_fits_the_reason_is_said(tmp_path):
@@ -227,87 +375,6 @@ def test_living_tensors_are_counted_and_views_are_not():
     assert counter.now == 0
 
 
-def test_this_machine_has_memory_and_this_process_has_taken_some():
-    assert 100e6 < peak_memory(CPU) < available_memory(CPU)
-
-
-# Budgets
-
-
-def test_a_budget_of_tokens_is_the_runs_length_and_its_schedules(shards, tmp_path, capsys):
-    train_here(shards=shards, run_dir=tmp_path / "run", max_steps=500, budget_tokens=9 * 256 + 100)
-    steps = [line for line in metrics_of(tmp_path / "run") if "loss" in line]
-    assert len(steps) == 9 and steps[-1]["tokens"] == 9 * 256
-    assert steps[-1]["learning_rate"] == pytest.approx(0.05 * 3e-3)
-    assert "9 steps of 256 tokens" in capsys.readouterr().out
-    train_here(shards=shards, run_dir=tmp_path / "run", max_steps=500, budget_tokens=9 * 256 + 100)
-    assert "is complete (9 steps)" in capsys.readouterr().out
-
-
-def test_money_becomes_steps_at_the_measured_rate_and_the_schedule_follows(shards, tmp_path, capsys):
-    """A dollar a second. The run knows no end but its money."""
-    money = {"price_per_gpu_hour_usd": 3600, "budget_usd": 5, "max_steps": 10**6, "log_every_steps": 1}
-    train_here(shards=shards, run_dir=tmp_path / "run", eval_every_steps=40, save_every_steps=20,
-               sample_every_steps=10**6, **money)  # fmt: skip
-    steps = [line for line in metrics_of(tmp_path / "run") if "loss" in line]
-    length = json.loads((tmp_path / "run" / "length.json").read_text())
-    assert 20 <= len(steps) == length["max_steps"] < 10**6
-    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
-    announced = re.findall(r"the run will have ([\d,]+) steps", capsys.readouterr().out)
-    assert announced
-    begun = TrainSettings(learning_rate=3e-3, final_learning_rate_ratio=0.05, warmup_steps=2, max_steps=10**6)
-    # How often a length was fitted, and to how many steps, is the machine's affair.
-    lengths = [begun, *(replace(begun, max_steps=int(said.replace(",", ""))) for said in announced)]
-    for line in steps:
-        rates = [learning_rate_at(line["step"] - 1, length) for length in lengths]
-        assert min(abs(rate / line["learning_rate"] - 1) for rate in rates) < 1e-6, line
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    spent = [line["spend_usd"] for line in lines if "spend_usd" in line]
-    assert spent == sorted(spent) and spent[-1] > 0
-
-
-def test_a_fitted_length_outlives_the_process(accelerator, tmp_path):
-    settings = TrainSettings(
-        budget_usd=10.0, price_per_gpu_hour_usd=3600.0, max_steps=10**6, save_every_steps=5
-    )
-    machine = Machine("a device", 1, 1e12, "", 1e6, price_per_hour_usd=3600.0)
-    state = TrainState(None, None)
-    first = RunLength(accelerator, tmp_path, settings, machine, state)
-    for step in range(1, 31):
-        state.step, state.elapsed_seconds = step, 0.1 * step
-        said = first.fit(state)
-        assert bool(said) == (step == 20)
-    # 8 seconds are left after step 20, of which three hundredths of ten are kept: 77 steps more.
-    assert first.max_steps == 97 and first.settings.warmup_steps == 24
-    again = RunLength(accelerator, tmp_path, settings, machine, state)
-    assert again.max_steps == 97 and again.settings == first.settings
-    state.elapsed_seconds = 10.5
-    assert "spent" in again.fit(state) and again.max_steps == state.step
-
-
-def test_money_that_does_not_reach_the_first_checkpoint_is_refused(accelerator, tmp_path):
-    settings = TrainSettings(budget_usd=10.0, price_per_gpu_hour_usd=3600.0, save_every_steps=1000)
-    machine = Machine("a device", 1, 1e12, "", 1e6, price_per_hour_usd=3600.0)
-    state = TrainState(None, None)
-    length = RunLength(accelerator, tmp_path, settings, machine, state)
-    with pytest.raises(
-        SettingsError, match=r"pays for 97 steps.*save_every_steps=1,000.*10.3 times the budget"
-    ):
-        for step in range(1, 31):
-            state.step, state.elapsed_seconds = step, 0.1 * step
-            length.fit(state)
-
-
-def test_budgets_that_make_no_sense_are_refused_all_at_once():
-    assert "--price_per_gpu_hour_usd must be at least 0, is -1.0" in complaints(price_per_gpu_hour_usd=-1)
-    text = complaints(budget_tokens=1_000_000, budget_usd=5, fit_schedule="true")
-    assert (
-        "are 1 steps of 524,288, fewer than save_every_steps=5,000" in text
-        and "--save_every_steps 1 or" in text
-    )
-    assert "budget_usd needs price_per_gpu_hour_usd" in text and "fit_schedule needs max_minutes" in text
-
-
 # Devices
 
 
@@ -318,12 +385,15 @@ def test_budgets_that_make_no_sense_are_refused_all_at_once():
         ("NVIDIA H200", 989.4), ("NVIDIA B200", 2250), ("NVIDIA L4", 121), ("Tesla T4", 65),
         ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA GeForce RTX 4090", 165.2),
         ("NVIDIA GeForce RTX 5090", 209.5), ("AMD Instinct MI300X", 1307.4), ("Apple M1 Pro", 5.2),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", 0), ("NVIDIA GeForce RTX 4080 SUPER", 0), ("NVIDIA L40", 0),
-        ("Apple M4 Max", 0), ("", 0),
+        ("NVIDIA GeForce RTX 4080 SUPER", 104.5), ("NVIDIA GeForce RTX 3060", 25.5),
+        ("NVIDIA GeForce RTX 5060 Ti", 47.4), ("Tesla V100-SXM2-16GB", 125), ("Tesla V100-PCIE-16GB", 112),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 0), ("NVIDIA GeForce RTX 4060 Laptop GPU", 0),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 0), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 0),
+        ("GRID A100-4C", 0), ("NVIDIA L40", 0), ("Apple M4 Max", 0), ("", 0),
     ],
 )  # fmt: skip
 def test_the_table_knows_devices_by_their_whole_name(name, tflops):
-    """A laptop's GPU has the number of a faster card, and a few words more."""
+    """A laptop's GPU has the number of a faster card and a few words more, and so has a slice of a GPU."""
     found, source = peak_of(name)
     assert found == tflops * 1e12 and bool(source) == bool(tflops)
 
@@ -337,6 +407,22 @@ def test_a_device_that_is_not_in_the_table_is_measured_or_asked_for(accelerator)
     asked = describe_machine(accelerator, TrainSettings(peak_tflops=2.5), model)
     assert asked.peak_flops == pytest.approx(2.5e12) and "as asked" in asked.peak_source
     assert asked.mfu(1.25e12 / asked.flops_per_token) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("precision, measured_in", [("no", "float32"), ("bf16", "bfloat16")])
+def test_a_device_is_measured_in_the_type_that_the_run_multiplies_in(precision, measured_in):
+    """The run's own random numbers are left alone; those of GPUs in float16 and FP8 are tried on GPUs."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model, before = nn.Linear(2, 2), torch.get_rng_state()
+    machine = describe_machine(Accelerator(cpu=True, mixed_precision=precision), TrainSettings(), model)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert machine.peak_source == f"measured here by a matrix product in {measured_in}"
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_no_precision_but_float32_is_measured_in_float32():
+    """Runs in float16 and FP8 once were, and used more than all of what they were given."""
+    assert MEASURED_IN.keys() == {"bf16", "fp16", "fp8"} and torch.float32 not in MEASURED_IN.values()
 
 
 def test_a_token_of_gpt2_costs_what_is_published():

@@ -1,7 +1,11 @@
 """The page and picture of a run: from whole and damaged files, safe, looked at in a real browser."""
 
+import errno
 import fcntl
 import json
+import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from training.charts import Chart, Series, draw, in_short, with_exponent
+from training.charts import Chart, Series, draw, in_percent, in_short, with_exponent
+from training.recipe import TrainSettings
 from training.record import read_run
-from training.report import draw_losses, main, write_page
+from training.report import draw_losses, main, write_comparison, write_page
+from training.settings import parse_settings, settings_as_yaml
 from training.throughput import in_words
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -82,8 +88,8 @@ def test_the_page_tells_all_that_a_run_left(tmp_path):
     text = Tags(page).text
     for told in ("1.5000", "27.0%", "GPT-2 124M, all 10,042 questions", "31.0%", "$0.50", "max_steps",
                  "a signal asked for it", "1 skipped step", "went on", "train_accelerate.py --run_dir 'a b'",
-                 "--num_processes 2", "training 45 s", "tokens for training", "123.5 k",
-                 "2.00 GB at most"):  # fmt: skip
+                 "accelerate_configs/ddp.yaml --num_processes 2", "training 45 s", "tokens for training",
+                 "123.5 k", "2.00 GB at most"):  # fmt: skip
         assert told in text, told
     assert 'http-equiv="refresh"' not in page
 
@@ -97,6 +103,85 @@ def test_a_run_in_progress_is_read_again_by_the_browser(tmp_path):
     assert 'http-equiv="refresh"' in page and "running" in Tags(page).text
     page = write_page(run).read_text()  # its process has gone, and did not say goodbye
     assert 'http-equiv="refresh"' not in page and "Ended without notice after step 50" in Tags(page).text
+
+
+def test_without_locks_a_run_that_has_written_lately_is_taken_to_go_on(tmp_path, monkeypatch):
+    """On some network file systems nobody says if the process is there; the page once said it was not."""
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    run = write_run(tmp_path / "a")
+    write_lines(run / "events.jsonl", [{"event": "started", "unix_time": 1.7e9, "step": 0}])
+    (run / ".lock").touch()
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert 'http-equiv="refresh"' in write_page(run).read_text()
+    os.utime(run / "metrics.jsonl", (1.7e9, 1.7e9))
+    page = write_page(run).read_text()
+    assert 'http-equiv="refresh"' not in page and "Ended without notice after step 50" in Tags(page).text
+
+
+@pytest.mark.parametrize(
+    "settings, length, of",
+    [
+        ({"max_steps": 1000}, None, " of 1,000"),
+        ({"max_steps": 1000, "batch_tokens": 100, "budget_tokens": 9_950}, None, " of 99"),
+        (
+            {"max_steps": 10**6, "budget_usd": 5.0},
+            {"max_steps": 90, "budgets": {"budget_usd": 5.0}},
+            " of 90",
+        ),
+        # Of another budget than today's; or of none: the settings count.
+        ({"max_steps": 500, "budget_usd": 5.0}, {"max_steps": 90, "budgets": {"budget_usd": 4.0}}, " of 500"),
+        ({"max_steps": 500, "budget_usd": 0.0}, {"max_steps": 90, "budgets": {"budget_usd": 0.0}}, " of 500"),
+        ({"max_steps": 50}, None, ""),
+    ],
+)
+def test_a_page_knows_the_length_that_budgets_leave(tmp_path, settings, length, of):
+    run = write_run(tmp_path / "a", **settings)
+    write_lines(run / "events.jsonl", [{"event": "started", "unix_time": 1.7e9, "step": 0}])
+    if length:
+        (run / "length.json").write_text(json.dumps(length))
+    assert f"Ended without notice after step 50{of};" in Tags(write_page(run).read_text()).text
+
+
+@pytest.mark.parametrize(
+    "started, settings, command, alike",
+    [
+        ({"device": "CPU (x86_64, 2 threads)"}, {}, "accelerate launch {}", "give the same bits."),
+        ({"device": "NVIDIA H100"}, {}, "accelerate launch {}", "but for the rounding of GPU kernels"),
+        ({"device": "NVIDIA H100"}, {"deterministic": True}, "accelerate launch {}", "give the same bits."),
+        ({"device": "CPU"}, {"budget_usd": 5.0}, "accelerate launch {}", "fitted to its budget anew"),
+        ({"processes": 8, "sharding": "FSDP"}, {},
+         "accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 8 {}", ""),
+        ({"processes": 16, "machines": 2, "sharding": "MULTI_GPU"}, {},
+         "accelerate launch --config_file accelerate_configs/multi_node.yaml --num_processes 16 "
+         "--num_machines 2 --machine_rank RANK --main_process_ip ADDRESS {}", ""),
+    ],
+)  # fmt: skip
+def test_the_page_says_how_to_start_the_run_again_and_how_alike_it_will_be(
+    tmp_path, started, settings, command, alike
+):
+    """Both commands with the launcher's flags: without them FSDP2 was once plain data parallelism."""
+    run = write_run(tmp_path / "a", **settings)
+    event = {"event": "started", "unix_time": 1.7e9, "versions": {"torch": "2.13"}}
+    event["command"] = ["train_accelerate.py", "--seed", "2"]
+    write_lines(run / "events.jsonl", [{**event, **started}])
+    text = Tags(write_page(run).read_text()).text
+    assert command.format("train_accelerate.py --seed 2") in text and alike in text
+    assert command.format(f"train_accelerate.py --config {run}/settings.yaml --run_dir {run}-again") in text
+
+
+def test_the_run_that_is_started_again_does_not_push_over_the_first(tmp_path, capsys):
+    """The command is tried: settings that do not fit together are refused."""
+    hub = {"push_to_hub": True, "hub_model_id": "me/model", "hub_private": True, "hub_strategy": "every_save"}
+    run = write_run(tmp_path / "a")
+    (run / "settings.yaml").write_text(settings_as_yaml(TrainSettings(**hub)))
+    text = Tags(write_page(run).read_text()).text
+    command = text.partition("in a new folder:")[2].partition("torch 2.13")[0]
+    words = shlex.split(command)
+    settings = parse_settings(TrainSettings, words[words.index("--config") :])
+    assert not settings.push_to_hub and settings.hub_model_id == "" and settings.run_dir == f"{run}-again"
 
 
 def test_no_text_of_a_run_becomes_markup_and_nothing_is_loaded(tmp_path):
@@ -116,6 +201,11 @@ def test_published_lines_are_drawn_only_where_they_are_comparable(tmp_path):
     (run / "data.json").write_text(json.dumps(receipt))
     assert "llm.c, GPT-2 124M, 10 B tokens of FineWeb: 3.272" in write_page(run).read_text()
     (run / "data.json").write_text(json.dumps({**receipt, "source": "fineweb-edu"}))
+    page = write_page(run).read_text()
+    assert "llm.c" not in page and "GPT-2 124M on FineWeb-Edu, by build-nanogpt: 3.292" in page
+    other = write_run(tmp_path / "b")
+    assert "build-nanogpt" not in write_comparison([run, other], tmp_path / "both.html").read_text()
+    (run / "data.json").write_text(json.dumps({**receipt, "vocab_size": 4096}))
     assert "llm.c" not in write_page(run).read_text()
 
 
@@ -177,6 +267,19 @@ def test_a_chart_leaves_out_what_is_not_finite_and_is_nothing_without_points():
     ):
         html = draw(chart(points)) + draw(chart(points, log=True))
         assert "nan" not in html and "inf" not in html and "<path" in html
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize(
+    "low, high", [(0.3, 0.305), (0.3, 0.3), (1.3, 1.6), (1.0, 900.0), (9.231e3, 9.233e3)]
+)
+@pytest.mark.parametrize("form", [in_percent, in_short])
+def test_an_axis_has_some_labels_and_no_two_alike(log, low, high, form):
+    """MFU was once at 30%, 30% and 31%; a gradient norm between 1.3 and 1.6 had no label at all."""
+    points = [(float(x), low + (high - low) * x / 9) for x in range(10)]
+    html = draw(Chart("", "", [Series("a", points)], form, log=log))
+    labels = re.findall(r'<span class="y"[^>]*>([^<]*)</span>', html)
+    assert len(labels) >= 2 and len(set(labels)) == len(labels), labels
 
 
 def test_numbers_are_short_and_times_are_in_words():

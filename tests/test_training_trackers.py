@@ -2,10 +2,20 @@
 
 import json
 import sqlite3
+import subprocess
 import sys
 
 import pytest
-from training_toys import metrics_of, run_training, train_here, write_toy_shards
+from training_toys import (
+    ROOT,
+    TOY_SETTINGS,
+    as_flags,
+    environment,
+    metrics_of,
+    run_training,
+    train_here,
+    write_toy_shards,
+)
 
 from training.settings import SettingsError
 from training.trackers import check_trackers
@@ -18,7 +28,8 @@ def shards(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_tracker_without_its_package_is_named_with_the_command_that_installs_it(name, monkeypatch):
-    monkeypatch.setitem(sys.modules, name, None)  # Python's own way to say: not there
+    for package in (name, f"{name}X"):  # Accelerate takes tensorboardX as well
+        monkeypatch.setitem(sys.modules, package, None)  # Python's own way to say: not there
     with pytest.raises(SettingsError, match=f"log_with: {name} not installed; `pip install {name}`"):
         check_trackers((name,))
 
@@ -46,7 +57,7 @@ def test_tensorboard_reads_back_what_the_metrics_say(shards, tmp_path):
 
 @pytest.mark.slow
 def test_wandb_offline_leaves_its_files(shards, tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="wandb is not installed; it is too heavy for the tests' own extra")
+    pytest.importorskip("wandb")
     for variable, value in {"WANDB_MODE": "offline", "WANDB_DIR": tmp_path, "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(variable, str(value))
     done = run_training(shards=shards, run_dir=tmp_path / "run", log_with="wandb")
@@ -58,9 +69,7 @@ def test_wandb_offline_leaves_its_files(shards, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_trackio_keeps_the_numbers_on_this_machine(shards, tmp_path, monkeypatch):
-    pytest.importorskip(
-        "trackio", reason="trackio is not installed; it is too heavy for the tests' own extra"
-    )
+    pytest.importorskip("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     run = tmp_path / "run"
     done = run_training(shards=shards, run_dir=run, log_with="trackio")
@@ -73,3 +82,37 @@ def test_trackio_keeps_the_numbers_on_this_machine(shards, tmp_path, monkeypatch
     losses = {step: numbers["loss"] for step, numbers in found if "loss" in numbers}
     assert losses == {step: lines[step]["loss"] for step in (3, 4, 6, 8, 9, 12)}
     assert [step for step, numbers in found if "validation_loss" in numbers] == [6, 12]
+
+
+@pytest.mark.slow
+def test_a_tracker_that_cannot_start_takes_no_other_along(shards, tmp_path, monkeypatch):
+    """W&B without a login; and the other one's last numbers were once never flushed."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("wandb")
+    for variable in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(variable, raising=False)
+    nobody = {
+        "HOME": tmp_path,
+        "NETRC": tmp_path / "none",
+        "WANDB_DIR": tmp_path,
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+    }
+    for variable, value in nobody.items():
+        monkeypatch.setenv(variable, str(value))
+    run = tmp_path / "run"
+    flags = as_flags({**TOY_SETTINGS, "shards": shards, "run_dir": run})
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_accelerate.py"), *flags, "--log_with", "wandb", "tensorboard"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0 and "log_with: wandb could not start" in done.stdout, (
+        done.stdout + done.stderr
+    )
+    (folder,) = {
+        path.parent for path in run.rglob("events.out.tfevents.*") if path.parent.name == "gpt-scratch"
+    }
+    assert reader.EventAccumulator(str(folder)).Reload().Scalars("loss")[-1].step == 12

@@ -42,7 +42,8 @@ class WeightAverage:
         for weight in weights:
             if AVERAGE not in self._optimizer.state[weight]:
                 self._optimizer.state[weight][AVERAGE] = weight.detach().clone()
-        torch._foreach_lerp_(self._averages(weights), weights, 1.0 - decay)
+        if weights:  # none before the first update, where a step that was not finite left no state at all
+            torch._foreach_lerp_(self._averages(weights), weights, 1.0 - decay)
 
     def use(self, function: Callable[[], T]) -> T | None:
         """Call `function` while the model holds the average; then it has its own weights again, bit for bit.

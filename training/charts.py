@@ -125,7 +125,8 @@ def _range(lines: list[list[float]], references: list[float], log: bool) -> tupl
     # The first steps of a long line are far above the rest and would flatten it: they leave at the top.
     highest = [sorted(line)[int(0.985 * (len(line) - 1))] if len(line) > 40 else max(line) for line in lines]
     low, high = min([*ys, *references]), max([*highest, *references])
-    gap = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    # Values that hardly differ get room, or their labels would need more digits than they have.
+    gap = max((high - low) * 0.06, abs(high) * 0.02) or 1.0
     return (low - gap if low - gap > 0 or low < 0 else 0.0), high + gap
 
 
@@ -141,7 +142,13 @@ def _ticks(low: float, high: float, about: int) -> list[float]:
 def _log_ticks(low: float, high: float) -> list[float]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1,) if math.log10(high / low) > 2.5 else (1, 2, 5)
-    return [tick for power in powers for factor in factors if low <= (tick := factor * 10.0**power) <= high]
+    ticks = [tick for power in powers for factor in factors if low <= (tick := factor * 10.0**power) <= high]
+    return ticks if len(ticks) > 2 else _ticks(low, high, 4)
+
+
+def in_percent(number: float) -> str:
+    """0.305 as "30.5%"."""
+    return f"{100 * number:.4g}%"
 
 
 def with_exponent(number: float) -> str:

@@ -18,7 +18,7 @@ from accelerate.utils.imports import is_torchao_available
 from torch import nn
 
 from training.recipe import TrainSettings
-from training.settings import SettingsError
+from training.settings import OwnSettingsError, SettingsError
 from training.sharding import is_sharding_asked_for, sharding_plugin
 from training.trackers import check_trackers
 
@@ -56,7 +56,7 @@ def as_script() -> Iterator[None]:
     try:
         yield
     except SettingsError as error:
-        if start_processes().is_local_main_process:
+        if isinstance(error, OwnSettingsError) or start_processes().is_local_main_process:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     finally:

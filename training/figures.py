@@ -6,22 +6,26 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from training.charts import Chart, Reference, Series, in_short
+from training.charts import Chart, Reference, Series, in_percent, in_short
 from training.record import RunRecord
 from training.throughput import in_words
 
 # lm-evaluation-harness 0.4, acc_norm on all 10,042 questions of HellaSwag's validation split.
 HELLASWAG_GPT2 = Reference("GPT-2 124M, all 10,042 questions: 31.14%", 0.3114)
 HELLASWAG_CHANCE = Reference("chance", 0.25)
-# llm.c's GPT-2 124M after 10 billion tokens, as modded-nanogpt's first record quotes it.
-FINEWEB_LOSS = Reference("llm.c, GPT-2 124M, 10 B tokens of FineWeb: 3.272", 3.272)
+# By corpus: llm.c's GPT-2 124M after 10 billion tokens, as modded-nanogpt's first record quotes it; OpenAI's
+# weights on build-nanogpt's validation tokens, the baseline of its plots (play.ipynb).
+PUBLISHED_LOSSES = {
+    "fineweb": Reference("llm.c, GPT-2 124M, 10 B tokens of FineWeb: 3.272", 3.272),
+    "fineweb-edu": Reference("OpenAI's GPT-2 124M on FineWeb-Edu, by build-nanogpt: 3.292", 3.2924),
+}
 GPT2_WORDS = 50_257
 
 
 def status_of(run: RunRecord) -> tuple[str, str]:
     """One word and a sentence."""
-    step, length = run.metrics[-1]["step"], run.settings.get("max_steps")
-    of = f" of {length:,}" if isinstance(length, int) and length > step else ""
+    step, length = run.metrics[-1]["step"], planned_steps(run)
+    of = f" of {length:,}" if length > step else ""
     ends = [event for event in run.events if event["event"] in ("finished", "stopped", "started", "resumed")]
     last = ends[-1] if ends else {}
     when = f" on {when_in_words(last['unix_time'])}" if last else ""
@@ -32,6 +36,26 @@ def status_of(run: RunRecord) -> tuple[str, str]:
     if not run.is_running:
         return "interrupted", f"Ended without notice after step {step:,}{of}; the same command goes on."
     return "running", f"Step {step:,}{of}; {last.get('event', 'started')}{when}."
+
+
+def planned_steps(run: RunRecord) -> int:
+    """How long the run is to be, by its settings and its budgets; 0 where nothing says so."""
+    settings = run.settings
+    length = settings.get("max_steps")
+    if not isinstance(length, int):
+        return 0
+    tokens, batch = settings.get("budget_tokens"), settings.get("batch_tokens")
+    if isinstance(tokens, int) and isinstance(batch, int) and tokens and batch:
+        length = min(length, tokens // batch)
+    fitted, budgets = run.length.get("max_steps"), run.length.get("budgets")
+    is_of_these = isinstance(budgets, dict) and all(settings.get(n) == value for n, value in budgets.items())
+    return fitted if is_fitted(run) and is_of_these and isinstance(fitted, int) else length
+
+
+def is_fitted(run: RunRecord) -> bool:
+    """Whether money or minutes decide how long it is."""
+    settings = run.settings
+    return bool(settings.get("budget_usd") or (settings.get("fit_schedule") and settings.get("max_minutes")))
 
 
 def key_figures(run: RunRecord) -> dict[str, tuple[str, str]]:
@@ -114,22 +138,24 @@ def loss_chart(runs: Sequence[RunRecord]) -> Chart:
         series.append(Series(f"{name}validation", dots, colour if len(runs) > 1 else 1, dots=True))
         averaged = _points(run, "averaged_validation_loss")
         series.append(Series(f"{name}averaged weights", averaged, colour if len(runs) > 1 else 2, dots=True))
-    if all(_is_like_llm_c(run) for run in runs):
+    published = {_published_loss(run) for run in runs}
+    if len(published) == 1 and (line := published.pop()):
         note = (
             "The dashed line is a published validation loss on the same corpus and vocabulary, measured on "
             "its authors' validation tokens, not on these."
         )
-        return Chart("Loss", "nats/token", series, "{:.2f}".format, (FINEWEB_LOSS,), note=note)
+        return Chart("Loss", "nats/token", series, "{:.2f}".format, (line,), note=note)
     note = (
-        "Published GPT-2 losses are on FineWeb with GPT-2's vocabulary; this is other text or another "
-        "vocabulary, so no line of theirs is drawn."
+        "Published GPT-2 losses are on FineWeb or FineWeb-Edu with GPT-2's vocabulary; this is other text or "
+        "another vocabulary, so no line of theirs is drawn."
     )
     return Chart("Loss", "nats/token", series, "{:.2f}".format, note=note)
 
 
-def _is_like_llm_c(run: RunRecord) -> bool:
-    source = str(run.receipt.get("source", "")).lower()
-    return run.receipt.get("vocab_size") == GPT2_WORDS and "fineweb" in source and "fineweb-edu" not in source
+def _published_loss(run: RunRecord) -> Reference | None:
+    """A loss of a GPT-2 on the corpus and the vocabulary of this run."""
+    corpus = str(run.receipt.get("source", "")).lower().rpartition("/")[2]
+    return PUBLISHED_LOSSES.get(corpus) if run.receipt.get("vocab_size") == GPT2_WORDS else None
 
 
 def hellaswag_chart(runs: Sequence[RunRecord]) -> Chart:
@@ -141,7 +167,7 @@ def hellaswag_chart(runs: Sequence[RunRecord]) -> Chart:
         "HellaSwag",
         "acc_norm of lm-evaluation-harness",
         series,
-        "{:.0%}".format,
+        in_percent,
         (HELLASWAG_GPT2, HELLASWAG_CHANCE),
         note="Asked while training, a part of the questions; the published line is of all of them.",
     )

@@ -30,10 +30,13 @@ REASONS = (
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all processes do after this step: stop for a reason (or not: empty), save before it is due."""
+    """What all processes do after this step: stop for a reason (or not: empty), save before it is due, fit
+    the run's length.
+    """
 
     stop: str
     save: bool
+    fit: bool
 
 
 class Interruptions:
@@ -91,10 +94,10 @@ class Interruptions:
         """A checkpoint was just taken: the clock of `save_every_minutes` starts again."""
         self._last_save = time.monotonic()
 
-    def agree(self, *, alarm: bool = False) -> Agreement:
+    def agree(self, *, alarm: bool = False, fit: bool = False) -> Agreement:
         """What to do, by the most important thing that any process has seen.
 
-        `alarm`: its checkpoints fail.
+        `alarm`: its checkpoints fail. `fit`: it finds that the run's length is to be fitted.
         """
         now = time.monotonic()
         seen = 0
@@ -110,12 +113,12 @@ class Interruptions:
             seen = 4
         if alarm:
             seen = 5
-        mine = [seen, int(now - self._last_save > self._save_every_seconds)]
+        mine = [seen, int(now - self._last_save > self._save_every_seconds), int(fit)]
         if self._accelerator.num_processes > 1:
             together = torch.tensor(mine)
             torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX, group=self._group)
             mine = together.tolist()
-        return Agreement(stop=REASONS[mine[0]], save=bool(mine[1]))
+        return Agreement(stop=REASONS[mine[0]], save=bool(mine[1]), fit=bool(mine[2]))
 
     def forget_stop_file(self) -> None:
         """Remove the stop file that was obeyed, so that the next start does not stop again."""

@@ -1,6 +1,7 @@
 """What a run tells: a line of metrics per step, the progress bar, events, trackers."""
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from training.recipe import TrainSettings, describe_batch
 from training.report import write_page
 from training.run_directory import RunDirectory
 from training.settings import SettingsError, plain_settings
-from training.throughput import Machine, Progress, Stopwatch, in_words
+from training.throughput import Machine, Progress, Stopwatch, TimeSpent, in_words
 from training.trackers import Trackers
 
 # Of a step whose data is suspected; a batch of GPT-2 has hundreds.
@@ -69,7 +70,8 @@ class Journal:
         self._records: list[StepRecord] = []
         self._stopwatch = Stopwatch()
         self._elapsed_before, self._began = state.elapsed_seconds, time.monotonic()
-        self._first_step, self._seconds, self._marked = state.step, dict[str, float](), self._began
+        self._first_step, self._marked = state.step, self._began
+        self.spent: dict[str, TimeSpent] = {}  # by activity, in this start
 
     def begin(self, state: TrainState, chosen: str, parameters: int, validation_rows: int) -> None:
         """Say and note that training starts or goes on; `chosen` is where and how it computes."""
@@ -85,7 +87,10 @@ class Journal:
         self.event(
             "resumed" if state.step else "started",
             step=state.step,
+            elapsed_seconds=round(state.elapsed_seconds, 3),
             processes=processes,
+            machines=processes // int(os.environ.get("LOCAL_WORLD_SIZE", processes)),
+            sharding=self._accelerator.distributed_type.value,
             parameters=parameters,
             validation_rows=validation_rows,
             device=machine.device,
@@ -268,14 +273,21 @@ class Journal:
     def _mark(self, activity: str) -> None:
         """What was done since the last mark was `activity`."""
         now = time.monotonic()
-        self._seconds[activity] = self._seconds.get(activity, 0.0) + now - self._marked
+        self.spent.setdefault(activity, TimeSpent()).add(now - self._marked)
         self._marked = now
 
     def end(self, event: str, state: TrainState, reason: str) -> None:
         """Note how training ended, where the time went, and how much memory it took."""
-        seconds = {activity: round(spent, 3) for activity, spent in self._seconds.items()}
-        memory = peak_memory(self._accelerator.device)
-        self.event(event, step=state.step, reason=reason, seconds=seconds, peak_memory_bytes=memory)
+        seconds = {activity: round(spent.seconds, 3) for activity, spent in self.spent.items()}
+        last = {activity: round(spent.last_seconds, 3) for activity, spent in self.spent.items()}
+        self.event(
+            event,
+            step=state.step,
+            reason=reason,
+            seconds=seconds,
+            last_seconds=last,
+            peak_memory_bytes=peak_memory(self._accelerator.device),
+        )
         self._write_page()
 
     def _write_page(self) -> None:

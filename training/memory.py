@@ -1,11 +1,13 @@
 """How much memory there is, how much was taken, and by what."""
 
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -17,8 +19,12 @@ try:
 except ImportError:  # Windows has no such limits
     resource = None  # type: ignore[assignment]
 
-# Where Linux keeps the limit of a container, version 2 and 1.
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+# Where Linux keeps the limits of containers and of a cluster's jobs, and which of them are this process's.
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# What torch's allocators, CUDA's libraries and the system say when memory ran out.
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "alloc_failed")
+# What we say of a run that would have too little.
+DOES_NOT_FIT = "does not fit the memory"
 
 
 def available_memory(device: torch.device) -> float:
@@ -28,19 +34,40 @@ def available_memory(device: torch.device) -> float:
         return free + torch.cuda.memory_reserved(device)
     if device.type == "mps":
         return float(torch.mps.recommended_max_memory())
-    own = _status("VmRSS")
-    # The processes of one machine share what is left.
-    limits = [_meminfo("MemAvailable") / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + own]
-    for path in CGROUP_LIMITS:
-        try:
-            limits.append(float(Path(path).read_text()))
-        except (OSError, ValueError):  # no such version, or "max"
-            continue
+    own = _resident()
+    # The processes of one machine share what is left of it, and what their job or container may have.
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    limits = [psutil.virtual_memory().available / sharing + own]
+    limits += [limit / sharing for limit in cgroup_limits(CGROUPS, OWN_CGROUPS)]
     soft = resource.getrlimit(resource.RLIMIT_AS)[0] if resource else -1
     if soft >= 0:
         # Addresses are counted there, of which a process has more than memory.
         limits.append(soft - _status("VmSize") + own)
     return min(limits)
+
+
+def cgroup_limits(root: Path, own: Path) -> list[float]:
+    """Bytes that the control groups of this process may have, which it shares: the innermost, and each around
+    it. `root` and `own` are Linux's files.
+    """
+    limits = []
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, controllers, group = line.split(":", 2)
+        if not controllers:  # version 2
+            base, name = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            base, name = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        inner = base / group.lstrip("/")
+        for folder in (inner, *inner.parents):
+            if not folder.is_relative_to(base):
+                break
+            try:
+                limits.append(float((folder / name).read_text()))
+            except (OSError, ValueError):  # a container does not see its own group's folder; or "max"
+                continue
+    return limits
 
 
 def data_limit() -> float:
@@ -49,36 +76,49 @@ def data_limit() -> float:
     Some data is asked for and never touched; this process has about as much of it as the new one.
     """
     data, resident = _status("VmData"), _status("RssAnon")
-    available = available_memory(torch.device("cpu")) - _status("VmRSS")
+    available = available_memory(torch.device("cpu")) - _resident()
     return available + (data - resident) if data else 0.0
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most bytes that this process has had on the device; 0 where nobody counts them."""
+    """The most bytes that this process has had on the device."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_reserved(device))
     if device.type == "mps":
         return float(torch.mps.driver_allocated_memory())
-    return _status("VmHWM")
+    return _status("VmHWM") or peak_without_proc()
+
+
+def peak_without_proc() -> float:
+    """The most bytes that this process has had, where there is no /proc: on macOS and Windows.
+
+    On Linux it would include the peak of the process that started this one.
+    """
+    if resource is None:
+        return float(psutil.Process().memory_info().peak_wset)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def _resident() -> float:
+    return float(psutil.Process().memory_info().rss)
 
 
 def _status(name: str) -> float:
-    """Of this process, in bytes. getrusage's own peak would include that of the process that started it."""
-    return _kilobytes("/proc/self/status", name) * 1024
-
-
-def _meminfo(name: str) -> float:
-    return _kilobytes("/proc/meminfo", name) * 1024 or float("inf")
-
-
-def _kilobytes(path: str, name: str) -> float:
+    """Of this process, in bytes; 0 where Linux does not say it."""
     try:
-        for line in Path(path).read_text().splitlines():
+        for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(name + ":"):
-                return float(line.split()[1])
-    except OSError:  # not Linux
+                return float(line.split()[1]) * 1024
+    except OSError:
         pass
     return 0.0
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether an error's text says that memory ran out; not that which processes share, as loaders do."""
+    words = text.lower()
+    return any(sign in words for sign in OUT_OF_MEMORY) and "shared memory" not in words
 
 
 class TensorBytes(TorchDispatchMode):

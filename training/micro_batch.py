@@ -6,16 +6,18 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
 from training.device import start_processes
-from training.memory import data_limit
+from training.memory import DOES_NOT_FIT, data_limit, says_out_of_memory
 from training.recipe import TrainSettings
 from training.run_directory import on_main_process
 from training.settings import SettingsError, settings_as_yaml
+from training.sharding import is_sharding_asked_for
 
 # Of the available memory; a long run meets batches and fragments that a few steps do not.
 PART_TO_FILL = 0.95
@@ -30,13 +32,19 @@ def with_largest_micro_batch(settings: TrainSettings, script: str) -> TrainSetti
     """`settings` with the largest `micro_batch_size` that divides the batch and fits.
 
     Every process calls this. Each candidate is tried in a process of its own, which runs `script --plan`
-    and may run out of memory: the next smaller one is tried then. Where memory is sharded, what fits one
-    process alone is found.
+    and may run out of memory: the next smaller one is tried then.
 
     Raises:
-        SettingsError: if not even one row fits.
+        SettingsError: if not even one row fits, or if the model is sharded.
     """
     processes = start_processes()
+    if processes.num_processes > 1 and is_sharding_asked_for():
+        raise SettingsError(
+            "find_micro_batch_size tries each size in a process of its own, which would hold all of a model "
+            f"that FSDP2 is to share among {processes.num_processes:,}: what fits there says nothing. On the "
+            "same processes, --plan prints what --micro_batch_size 1 takes and what there is; the part named "
+            "activations grows with the rows."
+        )
     found: list[int] = []
     on_main_process(
         processes, lambda: found.append(_search(settings, script, processes.num_processes)), patience=PATIENCE
@@ -63,10 +71,12 @@ def _search(settings: TrainSettings, script: str, processes: int) -> int:
             print(f"micro_batch_size={best:,} is the largest that fits.")
             return best
         needed, available, problem = _try(settings, script, rows)
-        if problem and not tried and rows == 1:
-            raise SettingsError(f"not even one row fits, or it fails for another reason: {problem}")
+        if problem and rows == 1:
+            what = "not even one row fits" if problem.is_of_memory else "a trial of one row failed"
+            raise SettingsError(f"{what}: {problem.text}")
         if problem:
-            print(f"{rows:,} rows: do not fit")
+            why = "do not fit" if problem.is_of_memory else f"failed, not for want of memory: {problem.text}"
+            print(f"{rows:,} rows: {why}")
             limit = rows
         else:
             print(f"{rows:,} rows: {needed / 1e9:,.2f} GB of {available / 1e9:,.2f} GB")
@@ -84,7 +94,15 @@ def _next(candidates: list[int], tried: dict[int, tuple[float, float]], limit: i
     return fitting[-1] if fitting else None
 
 
-def _try(settings: TrainSettings, script: str, rows: int) -> tuple[float, float, str]:
+@dataclass(frozen=True)
+class Problem:
+    """Why a trial ended without a plan, and whether that is because it had too little memory."""
+
+    text: str
+    is_of_memory: bool
+
+
+def _try(settings: TrainSettings, script: str, rows: int) -> tuple[float, float, Problem | None]:
     """Bytes that a run with so many rows needs and has; or why it failed."""
     with tempfile.TemporaryDirectory() as folder:
         output, config = Path(folder, "plan.json"), Path(folder, "trial.yaml")
@@ -95,6 +113,7 @@ def _try(settings: TrainSettings, script: str, rows: int) -> tuple[float, float,
             plan_steps=STEPS_OF_A_TRIAL,
             plan_output=str(output),
             find_micro_batch_size=False,
+            eval_tokens=1,  # one batch
         )
         config.write_text(settings_as_yaml(trial), encoding="utf-8")
         alone = {
@@ -110,17 +129,25 @@ def _try(settings: TrainSettings, script: str, rows: int) -> tuple[float, float,
             text=True,
         )
         if done.returncode or not output.exists():
-            lines = (done.stderr or done.stdout).strip().splitlines()
-            return 0.0, 0.0, lines[-1] if lines else f"it ended with code {done.returncode}"
+            return 0.0, 0.0, _problem(done.returncode, done.stderr or done.stdout)
         plan = json.loads(output.read_text(encoding="utf-8"))
-        return plan["total_memory_bytes"], plan["memory_available_bytes"], ""
+        return plan["total_memory_bytes"], plan["memory_available_bytes"], None
+
+
+def _problem(code: int, said: str) -> Problem:
+    """What a trial that ended with `code` died of, by its last words."""
+    lines = said.strip().splitlines() or [f"it ended with code {code}"]
+    last = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
+    # A system that has no more memory ends processes by SIGKILL, and lets them say nothing.
+    return Problem(last, code == -9 or DOES_NOT_FIT in last or says_out_of_memory(last))
 
 
 # A process that asks for more than there is must get an error, before the system starts to end processes.
 TRIAL = """
-import resource, runpy, sys
+import runpy, sys
 limit = int(float(sys.argv[1]))
 if limit > 0:
+    import resource
     resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 sys.argv = sys.argv[2:]
 sys.path.insert(0, __import__("os").path.dirname(sys.argv[0]))

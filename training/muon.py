@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from training.device import cpu_has_bfloat16
+from training.device import choose_precision
 
 # Quintic iteration with the steepest start that still ends between 0.7 and 1.2 (Jordan et al. 2024).
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -79,14 +79,14 @@ class MuonAndAdamW(torch.optim.AdamW):
 def orthogonalised(matrices: Tensor) -> Tensor:
     """Each of `matrices` (N, rows, columns) with its singular values near 1: U S V' becomes about U V'.
 
-    Newton-Schulz: matrix products only, in bfloat16 where the hardware has it: the result is a rough one, and
-    more digits do not improve it.
+    Newton-Schulz: matrix products only, in bfloat16 where the run itself would compute in it: the result is a
+    rough one, and more digits do not improve it.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     is_tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if is_tall else matrices  # (N, m, n) with m <= n: the products below are (m, m)
     # Norms in float32: bfloat16 sums of a million squares lose the small ones.
-    x = (x / x.float().norm(dim=(-2, -1), keepdim=True).clamp(min=EPSILON)).to(_product_dtype(x.device.type))
+    x = (x / x.float().norm(dim=(-2, -1), keepdim=True).clamp(min=EPSILON)).to(_product_dtype(x.device))
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -94,8 +94,8 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 @cache
-def _product_dtype(device_type: str) -> torch.dtype:
-    return torch.float32 if device_type == "cpu" and not cpu_has_bfloat16() else torch.bfloat16
+def _product_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if choose_precision(device, "auto").value == "bf16" else torch.float32
 
 
 def _local(tensor: Tensor) -> Tensor:

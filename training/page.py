@@ -7,10 +7,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from training.charts import draw, in_short, with_exponent
+from training.charts import draw, in_percent, in_short, with_exponent
 from training.figures import (
     chart_of,
     hellaswag_chart,
+    is_fitted,
     key_figures,
     loss_chart,
     peak_in_words,
@@ -49,12 +50,12 @@ def run_page(run: RunRecord) -> str:
         draw(hellaswag_chart([run])),
         draw(chart_of([run], "bits_per_byte", "Bits per byte", "of validation text", "{:.3f}", dots=True)),
         draw(chart_of([run], "learning_rate", "Learning rate", "", with_exponent)),
-        draw(chart_of([run], "gradient_norm", "Gradient norm", "before clipping", "{:.2g}", log=True)),
+        draw(chart_of([run], "gradient_norm", "Gradient norm", "before clipping", in_short, log=True)),
         "</div>",
         "<h2>Speed</h2>" if run.with_number("tokens_per_second") else "",
         '<div class="pair">',
         draw(chart_of([run], "tokens_per_second", "Throughput", "tokens/s", in_short)),
-        draw(chart_of([run], "mfu", "Model FLOPs utilisation", peak_in_words(run), "{:.0%}")),
+        draw(chart_of([run], "mfu", "Model FLOPs utilisation", peak_in_words(run), in_percent)),
         "</div>",
         _times(run),
         _samples(run),
@@ -105,8 +106,8 @@ def comparison_page(runs: Sequence[RunRecord]) -> str:
         draw(hellaswag_chart(runs)),
         draw(chart_of(runs, "bits_per_byte", "Bits per byte", "of validation text", "{:.3f}", dots=True)),
         draw(chart_of(runs, "tokens_per_second", "Throughput", "tokens/s", in_short)),
-        draw(chart_of(runs, "mfu", "Model FLOPs utilisation", "", "{:.0%}")),
-        draw(chart_of(runs, "gradient_norm", "Gradient norm", "before clipping", "{:.2g}", log=True)),
+        draw(chart_of(runs, "mfu", "Model FLOPs utilisation", "", in_percent)),
+        draw(chart_of(runs, "gradient_norm", "Gradient norm", "before clipping", in_short, log=True)),
         draw(chart_of(runs, "learning_rate", "Learning rate", "", with_exponent)),
         "</div>",
         "<h2>Settings that differ</h2>",
@@ -225,27 +226,53 @@ def _events(run: RunRecord) -> str:
 def _commands(run: RunRecord) -> str:
     started = next((event for event in run.events if event["event"] == "started"), {})
     command = started.get("command") or []
-    parts = []
+    launch = shlex.join(["accelerate", "launch", *_launcher_flags(started)])
+    parts, script = [], "train_accelerate.py"
     if command and str(command[0]).endswith(".py"):
-        processes = started.get("processes", 1)
-        several = f"--num_processes {processes} " if processes != 1 else ""
-        given = shlex.join([Path(str(command[0])).name, *map(str, command[1:])])
-        parts.append(f"<p>It was started with</p><pre>accelerate launch {several}{escape(given)}</pre>")
         script = Path(str(command[0])).name
-    else:
-        script = "train_accelerate.py"
-    again = shlex.join(
-        [script, "--config", str(run.path / "settings.yaml"), "--run_dir", f"{run.path}-again"]
+        given = shlex.join([script, *map(str, command[1:])])
+        parts.append(f"<p>It was started with</p><pre>{escape(launch)} {escape(given)}</pre>")
+    again = [script, "--config", str(run.path / "settings.yaml"), "--run_dir", f"{run.path}-again"]
+    if run.settings.get("push_to_hub"):  # the name on the Hub is this run's
+        usual = {"push_to_hub": False, "hub_model_id": "", "hub_private": False, "hub_strategy": "end"}
+        for name, value in usual.items():
+            if run.settings.get(name, value) != value:
+                again += [f"--{name}", str(value).lower()]
+    parts.append(
+        "<p>With all settings as they were, in a new folder:</p>"
+        f"<pre>{escape(launch)} {escape(shlex.join(again))}</pre>"
     )
     versions = ", ".join(f"{name} {version}" for name, version in (started.get("versions") or {}).items())
-    parts.append(
-        f"<p>With all settings as they were, in a new folder:</p><pre>accelerate launch {escape(again)}</pre>"
-    )
     if versions:
-        parts.append(
-            f"<p>{escape(versions)}; the same versions, device and processes give the same bits.</p>"
-        )
+        parts.append(f"<p>{escape(versions)}; {_how_alike(run, started)}</p>")
     return "".join(parts)
+
+
+def _launcher_flags(started: dict[str, Any]) -> list[str]:
+    """Those of `accelerate launch` that start as many processes in the same way."""
+    processes, machines = started.get("processes", 1), started.get("machines", 1)
+    flags = []
+    if started.get("sharding") == "FSDP":
+        flags = ["--config_file", "accelerate_configs/fsdp2.yaml"]
+    elif processes > 1:  # on the CPU several processes need a file that says so
+        flags = ["--config_file", f"accelerate_configs/{'ddp' if machines == 1 else 'multi_node'}.yaml"]
+    if flags:
+        flags += ["--num_processes", str(processes)]
+    if machines > 1:
+        flags += ["--num_machines", str(machines), "--machine_rank", "RANK", "--main_process_ip", "ADDRESS"]
+    return flags
+
+
+def _how_alike(run: RunRecord, started: dict[str, Any]) -> str:
+    """What another start of the same command would have in common with this one."""
+    same = "the same versions, device and processes"
+    if is_fitted(run):
+        return f"{same} give a run alike, of a length that is fitted to its budget anew."
+    if str(started.get("device", "")).startswith("CPU") or run.settings.get("deterministic"):
+        return f"{same} give the same bits."
+    return (
+        f"{same} give the same run but for the rounding of GPU kernels; with --deterministic, the same bits."
+    )
 
 
 def _settings(run: RunRecord) -> str:

@@ -1,14 +1,17 @@
 """What a run would take, from some of its own steps: `train_accelerate.py --plan`."""
 
+import contextlib
+import copy
 import dataclasses
+import gc
+import io
 import json
 import math
-import os
-import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +22,25 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from training.checkpoint import TrainState
-from training.device import choose_compilation, start_processes
-from training.memory import TensorBytes, available_memory, local_bytes, peak_memory
+from training.device import start_processes
+from training.memory import DOES_NOT_FIT, available_memory, says_out_of_memory
 from training.micro_batch import with_largest_micro_batch
-from training.objective import count_targets, language_modeling_loss
+from training.probe import (
+    MOST_MICRO_BATCHES,
+    UNTIMED_STEPS,
+    Probe,
+    memory_parts,
+    probe_settings,
+    read_probe,
+    seconds_of_a_step,
+)
 from training.recipe import TrainSettings, describe_batch, micro_batches_per_process
-from training.run_directory import EVENTS_FILE, METRICS_FILE, on_main_process
-from training.settings import SettingsError
+from training.run_directory import on_main_process
+from training.settings import OwnSettingsError, SettingsError
+from training.sharding import is_sharding_asked_for
 from training.start import count_parameters
 from training.throughput import in_words
-from training.weights import bare_model
 
-# Of a micro-batch the first forward compiles, and the first updates make the optimizer's state.
-UNTIMED_STEPS = 3
-# Fewer are not all of memory: gradients of the first wait while the second is computed.
-MOST_MICRO_BATCHES = 2
 # Bytes a parameter: weights, gradients and AdamW's two moments in float32.
 BYTES_PER_PARAMETER = 16
 MB, GB = 1e6, 1e9
@@ -96,7 +103,8 @@ def plan_or_run(
 ) -> None:
     """`run(settings, build())`, or what `--plan` and `--find_micro_batch_size` make of it.
 
-    `script` is the file that was started, to start trials of it. Every process calls this.
+    `script` is the file that was started, to start trials of it. `build` may be called more than once, and
+    may give the same model again. Every process calls this.
 
     Raises:
         SettingsError: as `run`; also if the memory does not suffice.
@@ -111,8 +119,8 @@ def plan_or_run(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise SettingsError(
-            f"micro_batch_size={settings.micro_batch_size:,} does not fit the memory ({str(error)[:200]}). "
+        raise OwnSettingsError(
+            f"micro_batch_size={settings.micro_batch_size:,} {DOES_NOT_FIT} ({str(error)[:200]}). "
             + nearest_that_fits(settings)
         ) from error
 
@@ -130,19 +138,37 @@ def print_plan(
         SettingsError: if the run cannot work, with the nearest that can.
     """
     processes = start_processes()
-    micro_batches_per_process(settings, processes.num_processes)
+    accumulation = micro_batches_per_process(settings, processes.num_processes)
+    _check_output(settings.plan_output)
     with torch.device("meta"):
-        parameters = count_parameters(build())
-    _refuse_what_is_too_large(parameters, processes)
+        model = build()
+    parameters = count_parameters(model)
+    _refuse_what_is_too_large(model, settings, processes)
+    has_single = accumulation > MOST_MICRO_BATCHES and settings.plan_steps > UNTIMED_STEPS
+    # A model that was loaded and not built comes back the same, and FSDP2 shards what it gets: only once.
+    is_same = not next(model.parameters()).is_meta
+    spare = copy.deepcopy(model) if is_same and has_single and is_sharding_asked_for() else None
+    del model
+    plans: list[Plan] = []
     with tempfile.TemporaryDirectory() as folder:
-        run_dir = Path(broadcast_object_list([folder])[0], "run")
-        probe = probe_settings(settings, processes.num_processes, processes.device, run_dir)
+        here = Path(broadcast_object_list([folder])[0])
+        of = partial(probe_settings, settings, processes.num_processes, processes.device)
+        probe = of(here / "run", micro_batches=min(MOST_MICRO_BATCHES, accumulation), looks=True)
         state = run(probe, build())
         parts = memory_parts(state, probe, processes.device)
-        plans: list[Plan] = []
-        on_main_process(processes, lambda: plans.append(_plan(settings, probe, run_dir, parts, parameters)))
-        if not processes.is_main_process:
-            return
+        if has_single:  # the other point of a straight line
+            del state
+            gc.collect()
+            with contextlib.redirect_stdout(io.StringIO()):  # the first has said it all
+                run(of(here / "single", micro_batches=1, looks=False), build() if spare is None else spare)
+
+        def plan_all() -> None:
+            single = read_probe(here / "single") if has_single else None
+            plans.append(_plan(settings, probe, read_probe(here / "run"), single, parts, parameters))
+
+        on_main_process(processes, plan_all)
+    if not processes.is_main_process:
+        return
     plan = plans[0]
     if settings.plan_output:
         numbers = dataclasses.asdict(plan) | {"total_memory_bytes": plan.total_memory_bytes}
@@ -151,112 +177,30 @@ def print_plan(
     print(in_a_table(plan, settings))
     if plan.total_memory_bytes > plan.memory_available_bytes:
         raise SettingsError(
-            f"the run would need {plan.total_memory_bytes / GB:,.2f} GB of "
-            f"{plan.memory_available_bytes / GB:,.2f} GB. {nearest_that_fits(settings)}"
+            f"micro_batch_size={settings.micro_batch_size:,} {DOES_NOT_FIT}: the run would need "
+            f"{plan.total_memory_bytes / GB:,.2f} GB of {plan.memory_available_bytes / GB:,.2f} GB. "
+            + nearest_that_fits(settings)
         )
 
 
-def probe_settings(
-    settings: TrainSettings, processes: int, device: torch.device, run_dir: Path
-) -> TrainSettings:
-    """Settings of a short run whose steps take memory as those of `settings`, and time in proportion."""
-    unit = settings.micro_batch_size * settings.block_size * processes
-    micro_batches = min(MOST_MICRO_BATCHES, settings.batch_tokens // unit)
-    steps, never = settings.plan_steps, 10**9
-    return dataclasses.replace(
-        settings,
-        plan=True,
-        run_dir=str(run_dir),
-        max_steps=steps,
-        warmup_steps=min(settings.warmup_steps, steps),
-        batch_tokens=unit * micro_batches,
-        compile=choose_compilation(device, settings).value,  # which looks at the length of the run
-        eval_tokens=min(settings.eval_tokens, MOST_MICRO_BATCHES * unit),
-        eval_every_steps=never,
-        sample_every_steps=never,
-        hellaswag_every_steps=never,
-        hellaswag_limit=min(settings.hellaswag_limit, 20 * processes),
-        save_every_steps=never,
-        save_every_minutes=0,
-        log_every_steps=1,
-        log_with=(),
-        max_minutes=0,
-        fit_schedule=False,
-        budget_tokens=0,
-        budget_usd=0,
-        early_stopping_evaluations=0,
-        export_best=False,
-        allow_change=False,
-    )
-
-
-def memory_parts(state: TrainState, probe: TrainSettings, device: torch.device) -> dict[str, float]:
-    """Bytes on the device at the peak of a step, by what they are for. Every process calls this.
-
-    The whole is what the probe was seen to take; its parts are counted once more in one micro-batch.
-    """
-    peak = peak_memory(device)
-    model = state.model
-    weights = local_bytes(model.parameters()) + local_bytes(model.buffers())
-    gradients = local_bytes(p for p in model.parameters() if p.requires_grad)
-    moments = [value for values in state.optimizer.state.values() for value in values.values()]
-    optimizer = local_bytes(moments)
-    activations, loss = _of_a_micro_batch(model, probe, device)
-    known = weights + gradients + optimizer + activations + loss
-    parts = {
-        "weights": weights,
-        "gradients": gradients,
-        "optimizer": optimizer,
-        "activations": activations,
-        "loss": loss,
-        "Python, libraries, kernels": max(0.0, peak - known),
-    }
-    if device.type == "cpu":  # elsewhere the copy lies in the host's memory, not in the device's
-        kept = [*model.parameters(), *model.buffers(), *moments]  # sharded or not, one process gathers all
-        parts["copy for checkpoints"] = float(sum(t.numel() * t.element_size() for t in kept))
-    return parts
-
-
-def _of_a_micro_batch(model: nn.Module, probe: TrainSettings, device: torch.device) -> tuple[float, float]:
-    """Bytes kept for the backward by the blocks, and what the loss takes at most on top."""
-    bare = bare_model(Accelerator(), model)
-    vocabulary = bare.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    rows = torch.zeros(probe.micro_batch_size, probe.block_size, dtype=torch.int64, device=device)
-    batch = {"input_ids": rows % vocabulary, "labels": rows % vocabulary}
-    counter, at_the_head = TensorBytes(), []
-    counter.ignore([*model.parameters(), *model.buffers(), *batch.values()])
-    # The last thing before the head is the backbone; a PEFT model keeps it one level deeper.
-    inner = bare.get_base_model() if hasattr(bare, "get_base_model") else bare  # type: ignore[operator]
-    handle = inner.base_model.register_forward_hook(  # type: ignore[union-attr, operator]
-        lambda *_: at_the_head.append(counter.now)
-    )
-    model.train()
-    try:
-        with torch.compiler.set_stance("force_eager"), counter:
-            loss = language_modeling_loss(model, batch, count_targets(batch).clamp(min=1))
-    finally:
-        handle.remove()
-    del loss
-    activations = at_the_head[0] if at_the_head else 0
-    return float(activations), float(counter.peak - activations)
-
-
 def _plan(
-    settings: TrainSettings, probe: TrainSettings, run_dir: Path, parts: dict[str, float], parameters: int
+    settings: TrainSettings,
+    probe_is: TrainSettings,
+    probe: Probe,
+    single: Probe | None,
+    parts: dict[str, float],
+    parameters: int,
 ) -> Plan:
-    lines = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
-    events = [json.loads(line) for line in (run_dir / EVENTS_FILE).read_text().splitlines()]
-    started, ended = events[0], events[-1]
-
-    def seconds_of(line: dict[str, Any]) -> float:
-        return probe.batch_tokens / line["tokens_per_second"]
-
-    steps = [line for line in lines if "loss" in line]
-    timed = steps[min(UNTIMED_STEPS, len(steps) - 1) :]
-    # The middle: one step that something else on the machine disturbed says nothing about the run.
-    per_probe_step = statistics.median(map(seconds_of, timed))
-    per_step = per_probe_step * settings.batch_tokens / probe.batch_tokens
-    processes, seconds = started["processes"], ended["seconds"]
+    """The numbers of the run of `settings`, from a probe with the settings `probe_is`, and one of a single
+    micro-batch a step where the run has more than the probe.
+    """
+    started = probe.started
+    processes = started["processes"]
+    larger = settings.batch_tokens // probe_is.batch_tokens  # than the probe's batch
+    per_step = probe.seconds_per_step * larger
+    if single is not None:
+        accumulation = micro_batches_per_process(settings, processes)
+        per_step = seconds_of_a_step(accumulation, single.seconds_per_step, probe.seconds_per_step)
     whole_set = started["validation_rows"] * settings.block_size
     wanted = settings.max_steps
     if settings.budget_tokens:
@@ -268,18 +212,18 @@ def _plan(
     in_all = {
         "training": wanted * per_step,
         "validation": times(settings.eval_every_steps)
-        * seconds.get("validation", 0.0)
+        * probe.seconds_of("validation")
         * min(settings.eval_tokens, whole_set)
-        / min(probe.eval_tokens, whole_set),
-        "samples": times(settings.sample_every_steps) * seconds.get("samples", 0.0),
+        / min(probe_is.eval_tokens, whole_set),
+        "samples": times(settings.sample_every_steps) * probe.seconds_of("samples"),
         "HellaSwag": times(settings.hellaswag_every_steps)
-        * seconds.get("hellaswag", 0.0)
+        * probe.seconds_of("hellaswag")
         * settings.hellaswag_limit
-        / probe.hellaswag_limit,
-        # What they took beyond the others: compilation, memory that is asked for once.
-        "the first steps": sum(seconds_of(line) - per_probe_step for line in steps[:UNTIMED_STEPS]),
+        / probe_is.hellaswag_limit,
+        "compilation, first calls": probe.first_seconds,
     }
-    speed = settings.batch_tokens / per_step
+    tokens_per_step = probe.tokens_per_step * settings.batch_tokens / probe_is.batch_tokens
+    speed = tokens_per_step / per_step
     peak = started["peak_tflops"] * 1e12
     device = start_processes().device
     return Plan(
@@ -287,14 +231,14 @@ def _plan(
         processes=processes,
         sharding=str(Accelerator().distributed_type.value),
         steps=wanted,
-        tokens=wanted * settings.batch_tokens,
-        flops=started["flops_per_token"] * wanted * settings.batch_tokens,
+        tokens=round(wanted * tokens_per_step),
+        flops=started["flops_per_token"] * wanted * tokens_per_step,
         memory_bytes=parts,
         memory_available_bytes=available_memory(device),
         seconds_per_step=per_step,
         tokens_per_second=speed,
         mfu=speed * started["flops_per_token"] / peak,
-        seconds={what: max(0.0, took) for what, took in in_all.items() if took > 0},
+        seconds={what: took for what, took in in_all.items() if took > 0},
         price_per_hour_usd=settings.price_per_gpu_hour_usd * processes,
     )
 
@@ -329,27 +273,35 @@ def in_a_table(plan: Plan, settings: TrainSettings) -> str:
     return "\n".join(lines)
 
 
-def _refuse_what_is_too_large(parameters: int, processes: Any) -> None:
-    """Before anything is allocated: weights, gradients and moments alone."""
+def _check_output(output: str) -> None:
+    """Better known before the steps are taken than after."""
+    path = Path(output)
+    if output and (path.is_dir() or not path.parent.is_dir()):
+        what = f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise SettingsError(f"--plan_output {output} cannot be written: {what}")
+
+
+def _refuse_what_is_too_large(model: nn.Module, settings: TrainSettings, processes: Any) -> None:
+    """Before anything is allocated: weights, and of those that are trained gradients and moments, alone."""
     available = available_memory(processes.device)
-    needed = BYTES_PER_PARAMETER * parameters
+    # A matrix under Muon has one moment.
+    kept = 3 if settings.optimizer == "muon" else 4
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    needed = sum(size * kept if is_trained else size for size, is_trained in sizes)
     # Not asked of an Accelerator: the first one settles the precision of all.
-    is_sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if needed / (processes.num_processes if is_sharded else 1) > available:
+    if needed / (processes.num_processes if is_sharding_asked_for() else 1) > available:
         least = math.ceil(needed / (0.8 * available))
         raise SettingsError(
-            f"{parameters:,} parameters need {needed / GB:,.1f} GB for weights, gradients and AdamW's "
-            f"moments alone, and a process has {available / GB:,.1f} GB. Nearest that can work: FSDP2 over "
-            f"{least:,} such devices (accelerate_configs/fsdp2.yaml), or a model of "
+            f"{count_parameters(model):,} parameters need {needed / GB:,.1f} GB for weights, gradients and "
+            f"the optimizer's moments alone, and a process has {available / GB:,.1f} GB. Nearest that can "
+            f"work: FSDP2 over {least:,} such devices (accelerate_configs/fsdp2.yaml), or a model of "
             f"{int(0.8 * available / BYTES_PER_PARAMETER):,} parameters."
         )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says, in the words of one of torch's allocators, that memory ran out."""
-    words = str(error).lower()
-    says_so = "memory" in words and ("alloc" in words or "out of" in words)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or says_so
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or says_out_of_memory(str(error))
 
 
 def nearest_that_fits(settings: TrainSettings) -> str:

@@ -1,6 +1,7 @@
 """What a run directory tells of its run, whatever state its files are in."""
 
 import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ import yaml
 from training.run_directory import (
     DATA_FILE,
     EVENTS_FILE,
+    LENGTH_FILE,
     METRICS_FILE,
     SAMPLES_FILE,
     SETTINGS_FILE,
     is_held,
 )
+
+# Longer than steps, validations or checkpoints keep a run from writing metrics, as a rule.
+LATELY_SECONDS = 900
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class RunRecord:
     samples: list[dict[str, Any]]
     settings: dict[str, Any]
     receipt: dict[str, Any]
+    length: dict[str, Any]
     is_running: bool = False
     problems: list[str] = field(default_factory=list)
 
@@ -59,9 +65,16 @@ def read_run(run_dir: Path | str) -> RunRecord:
         samples=_read_lines(path / SAMPLES_FILE, ("step", "prompt", "text"), problems),
         settings=_read_mapping(path / SETTINGS_FILE, problems),
         receipt=_read_mapping(path / DATA_FILE, problems),
-        is_running=is_held(path),
+        length=_read_mapping(path / LENGTH_FILE, problems),
+        is_running=_is_running(path),
         problems=problems,
     )
+
+
+def _is_running(path: Path) -> bool:
+    """By its lock; where the file system has none, by whether it has written lately."""
+    held = is_held(path)
+    return held if held is not None else time.time() - (path / METRICS_FILE).stat().st_mtime < LATELY_SECONDS
 
 
 def _read_lines(path: Path, needed: tuple[str, ...], problems: list[str]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ DATA_FILE = "data.json"
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+LENGTH_FILE = "length.json"
 LOCK_FILE = ".lock"
 # All that is there when a start was cut short. They are written in this order: the settings make it a run.
 OF_A_START = {LOCK_FILE, temporary_name(DATA_FILE), DATA_FILE, temporary_name(SETTINGS_FILE), SETTINGS_FILE}
@@ -113,15 +115,19 @@ def data_receipt(train_set: Any) -> dict[str, Any]:
     }
 
 
-def is_held(path: Path) -> bool:
-    """Whether a run, of this process or another, is in progress in the folder, as far as its lock tells."""
-    if fcntl is None or not (path / LOCK_FILE).exists():
+def is_held(path: Path) -> bool | None:
+    """Whether a run, of this process or another, is in progress in the folder; None where no lock says so."""
+    if not (path / LOCK_FILE).exists():
         return False
-    with open(path / LOCK_FILE, "rb") as lock:
-        try:
+    if fcntl is None:
+        return None
+    try:
+        with open(path / LOCK_FILE, "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks, or somebody else's folder
+        return None
     return False
 
 
@@ -152,23 +158,25 @@ class RunDirectory:
         self._unwritten: dict[str, str] = {}  # by file
         self._on_main_process(lambda: self._open(allow_change))
 
-    def begin(self, last_step: int) -> None:
+    def begin(self, last_step: int) -> float:
         """Take note of settings and data; forget metrics and samples of steps after `last_step`, which come
-        again, and a line that a crash cut off.
+        again, and lines that a crash cut off.
+
+        Returns the seconds that the run had taken when it last said so: what a kill undid was paid for too.
 
         Raises:
             SettingsError: if it cannot be written.
         """
-        self._on_main_process(lambda: self._begin(last_step))
+        return self._on_main_process(lambda: self._begin(last_step))
 
-    def _on_main_process(self, work: Callable[[], None]) -> None:
-        def work_or_explain() -> None:
+    def _on_main_process(self, work: Callable[[], T]) -> T:
+        def work_or_explain() -> T:
             try:
-                work()
+                return work()
             except OSError as error:
                 raise SettingsError(explain_write_error(error, "The run directory", self.path)) from error
 
-        on_main_process(self._accelerator, work_or_explain)
+        return on_main_process(self._accelerator, work_or_explain)
 
     def _open(self, allow_change: bool) -> None:
         path = self.path
@@ -192,11 +200,16 @@ class RunDirectory:
                 "another --run_dir to start a new run."
             )
 
-    def _begin(self, last_step: int) -> None:
+    def _begin(self, last_step: int) -> float:
         replace_file(self.path / DATA_FILE, json.dumps(self._data).encode())
         replace_file(self.path / SETTINGS_FILE, settings_as_yaml(self._settings).encode())
+        for name in (METRICS_FILE, SAMPLES_FILE, EVENTS_FILE):
+            mend_last_line(self.path / name)
+        lines = [*_json_lines(self.path / METRICS_FILE), *_json_lines(self.path / EVENTS_FILE)]
+        elapsed = max((line.get("elapsed_seconds") or 0.0 for line in lines), default=0.0)
         for name in (METRICS_FILE, SAMPLES_FILE):
             _forget_after(self.path / name, last_step)
+        return elapsed
 
     def _take_lock(self) -> Any:
         """The kernel lets go of it when this process ends, however it ends."""
@@ -303,6 +316,31 @@ def _forget_after(path: Path, last_step: int) -> None:
             pass  # cut off in the middle: its step comes again
     if len(kept) != len(lines):
         replace_file(path, "".join(line + "\n" for line in kept).encode())
+
+
+def mend_last_line(path: Path) -> None:
+    """End a last line that a crash cut off before its newline, or remove it if more than that is missing."""
+    if not path.exists():
+        return
+    whole, newline, last = path.read_bytes().rpartition(b"\n")
+    if not last:
+        return
+    try:
+        json.loads(last)
+        with open(path, "ab") as file:
+            file.write(b"\n")
+    except ValueError:
+        os.truncate(path, len(whole + newline))
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """What is whole of a file of JSON objects."""
+    lines = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def _finite(value: Any) -> Any:

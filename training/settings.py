@@ -20,6 +20,10 @@ class SettingsError(ValueError):
     """What is wrong with a user's settings or run directory, complete and in words for that user."""
 
 
+class OwnSettingsError(SettingsError):
+    """One that this process may be alone with, so that it has to say it itself: its memory ran out."""
+
+
 @contextmanager
 def for_the_owner(*kinds: type[Exception]) -> Iterator[None]:
     """Errors of these kinds inside are the user's to mend: they become a SettingsError with their message."""

@@ -58,7 +58,7 @@ def open_run(
     if resumed_from is not None:
         restore_checkpoint(accelerator, resumed_from, state)
         _align(accelerator, settings, state)
-    run.begin(state.step)
+    state.elapsed_seconds = max(state.elapsed_seconds, run.begin(state.step))
     return run, state
 
 

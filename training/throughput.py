@@ -19,29 +19,47 @@ from training.settings import SettingsError
 # Without a terminal there is no bar; a line this often keeps a log file readable.
 SECONDS_BETWEEN_LINES = 10.0
 
-# Dense 16-bit matrix products, accumulated in float32, without sparsity; TFLOP/s. The first pattern that is
-# the whole of a device's name counts: a laptop's or a "SUPER" of the same number is another device.
+# Dense 16-bit matrix products, accumulated in float32, without sparsity; TFLOP/s. A pattern is the whole of a
+# device's name: a laptop's, a "SUPER" of the same number, or a slice of a GPU (MIG) is another device.
+# Where NVIDIA names no such rate for a GeForce, it follows from one that it does name: "Tensor TFLOPS" of the
+# 30 series are sparse and summed in float16 (four times this), "AI TOPS" of the 40 series are sparse FP8
+# (eight times), of the 50 series sparse FP4 (sixteen times). The devices of its whitepapers' tables agree.
 PEAK_TFLOPS = (
-    (r"NVIDIA A100.*", 312.0, "NVIDIA A100 datasheet"),
-    (r"NVIDIA H100 PCIe.*", 756.0, "NVIDIA H100 datasheet, PCIe"),
-    (r"NVIDIA H100 NVL.*", 835.5, "NVIDIA H100 datasheet, NVL"),
-    (r"NVIDIA H100.*", 989.4, "NVIDIA H100 datasheet, SXM"),
-    (r"NVIDIA H200 NVL.*", 835.5, "NVIDIA H200 datasheet, NVL"),
-    (r"NVIDIA H200.*", 989.4, "NVIDIA H200 datasheet, SXM"),
-    (r"NVIDIA GH200.*", 989.4, "NVIDIA GH200 datasheet"),
-    (r"NVIDIA B200.*", 2250.0, "NVIDIA HGX B200 datasheet, an eighth of its 18 dense PFLOP/s"),
-    (r"NVIDIA GB200.*", 2500.0, "NVIDIA GB200 NVL72 datasheet"),
+    (r"(NVIDIA )?A100-(SXM4|PCIE)-(40|80)GB|NVIDIA A100 80GB PCIe", 312.0, "NVIDIA A100 datasheet"),
+    (r"NVIDIA H100 PCIe", 756.0, "NVIDIA H100 datasheet, PCIe"),
+    (r"NVIDIA H100 NVL", 835.5, "NVIDIA H100 datasheet, NVL"),
+    (r"NVIDIA H100 80GB HBM3", 989.4, "NVIDIA H100 datasheet, SXM"),
+    (r"NVIDIA H200 NVL", 835.5, "NVIDIA H200 datasheet, NVL"),
+    (r"NVIDIA H200", 989.4, "NVIDIA H200 datasheet, SXM"),
+    (r"NVIDIA GH200 (480|144)GB.*", 989.4, "NVIDIA GH200 datasheet"),
+    (r"NVIDIA B200", 2250.0, "NVIDIA HGX B200 datasheet, an eighth of its 18 dense PFLOP/s"),
+    (r"NVIDIA GB200", 2500.0, "NVIDIA GB200 NVL72 datasheet"),
     (r"NVIDIA L4", 121.0, "NVIDIA L4 datasheet"),
     (r"NVIDIA L40S", 362.05, "NVIDIA L40S datasheet"),
     (r"NVIDIA A10", 125.0, "NVIDIA A10 datasheet"),
-    (r"(NVIDIA |)Tesla T4|NVIDIA T4", 65.0, "NVIDIA T4 datasheet, float16"),
-    (r"(NVIDIA |)Tesla V100.*", 125.0, "NVIDIA V100 datasheet, float16"),
+    (r"(NVIDIA )?Tesla T4|NVIDIA T4", 65.0, "NVIDIA T4 datasheet, float16"),
+    (r"(NVIDIA )?Tesla V100-SXM2-(16|32)GB", 125.0, "NVIDIA V100 datasheet, NVLink, float16"),
+    (r"(NVIDIA )?Tesla V100-PCIE-(16|32)GB", 112.0, "NVIDIA V100 datasheet, PCIe, float16"),
+    (r"(NVIDIA )?Tesla V100S-PCIE-32GB", 130.0, "NVIDIA V100 datasheet, V100S, float16"),
+    (r"NVIDIA GeForce RTX 3060", 25.5, "NVIDIA's 102 Tensor TFLOPS, a quarter"),
+    (r"NVIDIA GeForce RTX 3060 Ti", 32.5, "NVIDIA's 130 Tensor TFLOPS, a quarter"),
     (r"NVIDIA GeForce RTX 3070", 40.6, "NVIDIA Ampere GA102 whitepaper"),
+    (r"NVIDIA GeForce RTX 3070 Ti", 43.5, "NVIDIA's 174 Tensor TFLOPS, a quarter"),
     (r"NVIDIA GeForce RTX 3080", 59.5, "NVIDIA Ampere GA102 whitepaper"),
+    (r"NVIDIA GeForce RTX 3080 Ti", 68.2, "NVIDIA's 273 Tensor TFLOPS, a quarter"),
     (r"NVIDIA GeForce RTX 3090", 71.0, "NVIDIA Ampere GA102 whitepaper"),
+    (r"NVIDIA GeForce RTX 3090 Ti", 80.0, "NVIDIA's 320 Tensor TFLOPS, a quarter"),
+    (r"NVIDIA GeForce RTX 4060", 30.2, "NVIDIA's 242 AI TOPS, an eighth"),
+    (r"NVIDIA GeForce RTX 4060 Ti", 44.1, "NVIDIA's 353 AI TOPS, an eighth"),
+    (r"NVIDIA GeForce RTX 4070", 58.3, "NVIDIA's 466 AI TOPS, an eighth"),
+    (r"NVIDIA GeForce RTX 4070 SUPER", 71.0, "NVIDIA's 568 AI TOPS, an eighth"),
     (r"NVIDIA GeForce RTX 4070 Ti", 80.2, "NVIDIA Ada whitepaper"),
+    (r"NVIDIA GeForce RTX 4070 Ti SUPER", 88.2, "NVIDIA's 706 AI TOPS, an eighth"),
     (r"NVIDIA GeForce RTX 4080", 97.5, "NVIDIA Ada whitepaper"),
+    (r"NVIDIA GeForce RTX 4080 SUPER", 104.5, "NVIDIA's 836 AI TOPS, an eighth"),
     (r"NVIDIA GeForce RTX 4090", 165.2, "NVIDIA Ada whitepaper"),
+    (r"NVIDIA GeForce RTX 5060", 38.4, "NVIDIA's 614 AI TOPS, a sixteenth"),
+    (r"NVIDIA GeForce RTX 5060 Ti", 47.4, "NVIDIA's 759 AI TOPS, a sixteenth"),
     (r"NVIDIA GeForce RTX 5070", 61.7, "NVIDIA RTX Blackwell whitepaper"),
     (r"NVIDIA GeForce RTX 5070 Ti", 87.9, "NVIDIA RTX Blackwell whitepaper"),
     (r"NVIDIA GeForce RTX 5080", 112.6, "NVIDIA RTX Blackwell whitepaper"),
@@ -49,13 +67,16 @@ PEAK_TFLOPS = (
     (r"AMD Instinct MI300X.*", 1307.4, "AMD MI300X datasheet"),
     (r"AMD Instinct MI325X.*", 1307.4, "AMD MI325X datasheet"),
     (r"AMD Instinct MI300A.*", 980.6, "AMD MI300A datasheet"),
-    # Apple names one rate, of float32, for the chips below and none for later ones, which are measured.
+    # Apple names one rate, of float32, for the chips below and none for the others, which are measured.
     (r"Apple M1", 2.6, "Apple newsroom, November 2020"),
     (r"Apple M1 Pro", 5.2, "Apple newsroom, October 2021"),
     (r"Apple M1 Max", 10.4, "Apple newsroom, October 2021"),
     (r"Apple M1 Ultra", 21.0, "Apple newsroom, March 2022"),
     (r"Apple M2", 3.6, "Apple newsroom, June 2022"),
 )
+# What a device that is not in the table is measured in: what the run multiplies in, or the widest type with
+# tensor cores below it, so that FP8 is told apart by its MFU as on a device that is in the table.
+MEASURED_IN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -90,7 +111,7 @@ def describe_machine(accelerator: Accelerator, settings: TrainSettings, model: n
     else:
         peak, source = peak_of(name)
     if not peak:
-        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+        dtype = MEASURED_IN.get(accelerator.mixed_precision, torch.float32)
         peak, what = measured_peak(device, dtype), str(dtype).removeprefix("torch.")
         known = (
             ""
@@ -128,14 +149,16 @@ def peak_of(device: str) -> tuple[float, str]:
 
 @functools.cache
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of some square matrix products. Draws no random numbers.
+    """FLOP/s of the best of some square matrix products. Draws none of the run's random numbers.
 
     Raises:
         SettingsError: if the device does not multiply in `dtype`.
     """
     side = 1024 if device.type == "cpu" else 8192 if device.type == "cuda" else 2048
     try:
-        matrix = torch.ones(side, side, device=device, dtype=dtype)
+        # Not ones or zeros, whose bits do not change: a GPU that saves power on them clocks higher.
+        own = torch.Generator(device).manual_seed(0)
+        matrix = torch.randn(side, side, device=device, dtype=dtype, generator=own)
         best = float("inf")
         for _ in range(6):
             began = time.perf_counter()
@@ -157,6 +180,19 @@ def device_name(device: torch.device) -> str:
         threads = torch.get_num_threads()
         return f"CPU ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''})"
     return device.type
+
+
+@dataclass
+class TimeSpent:
+    """Seconds that one activity has taken: in all, and the last time it was done."""
+
+    seconds: float = 0.0
+    last_seconds: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """It was done once more."""
+        self.seconds += seconds
+        self.last_seconds = seconds
 
 
 class Stopwatch:

@@ -36,15 +36,18 @@ class Trackers:
         self._active: list[Any] = []
         if accelerator.log_with:
             plain = {k: v if isinstance(v, str | int | float) else str(v) for k, v in config.items()}
-            try:
-                accelerator.init_trackers("gpt-scratch", config=plain)
-                self._active = list(accelerator.trackers)
-            except Exception as error:  # no login, no network, …
-                names = ", ".join(str(getattr(tracker, "name", tracker)) for tracker in accelerator.log_with)
-                self._warn(
-                    f"log_with: {names} could not start, and the run goes on without; metrics.jsonl has all "
-                    f"numbers. {type(error).__name__}: {error}"
-                )
+            names = list(accelerator.log_with)
+            for name in names:  # one at a time: one that fails takes no other along
+                accelerator.log_with, accelerator.trackers = [name], []
+                try:
+                    accelerator.init_trackers("gpt-scratch", config=plain)
+                    self._active += accelerator.trackers
+                except Exception as error:  # no login, no network, …
+                    self._warn(
+                        f"log_with: {getattr(name, 'name', name)} could not start, and the run goes on "
+                        f"without; metrics.jsonl has all numbers. {type(error).__name__}: {error}"
+                    )
+            accelerator.log_with, accelerator.trackers = names, list(self._active)
 
     def log(self, values: Mapping[str, float | None], step: int) -> None:
         """Send the numbers of one step."""
