@@ -92,6 +92,7 @@ def prepare_data(
         tokenizer = load_tokenizer(Path(shards, "tokenizer"))
         train_set = TokenBlocks(shards, settings.block_size)
         eval_set = TokenBlocks(shards, settings.block_size, "validation")
+        train_set.manifest.check_tokenizer(tokenizer)
     announce_shards(settings, given, train_set.manifest)
     return tokenizer, train_set, eval_set
 

@@ -77,6 +77,7 @@ class Turns:
         tokenizer = load_tokenizer(Path(arguments.data) / "tokenizer")
         self._token_bytes = torch.from_numpy(token_byte_lengths(tokenizer))
         self._eval_set = TokenBlocks(Path(arguments.data), arguments.block, "validation")
+        self._eval_set.manifest.check_tokenizer(tokenizer)
         say({"warm": True})
         sys.stdin.readline()
         self._began = time.perf_counter()
