@@ -44,7 +44,10 @@ def kind_of(path: str) -> str:
     return extension
 
 
-def _decompressed(file: BinaryIO, path: str) -> BinaryIO:
+def decompressed(file: BinaryIO, path: str) -> BinaryIO:
+    """What a stored file's bytes stand for, by its name; damaged ones raise one of DAMAGED or an OSError when
+    read.
+    """
     extension = os.path.splitext(path.lower())[1]
     if extension == ".gz":
         return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
@@ -112,7 +115,7 @@ def _naming(path: str, kind: str = "") -> Iterator[None]:
 
 
 def _read_text(path: str, column: str, counts: Counter[str]) -> Iterator[tuple[str, str]]:
-    with _naming(path), open_file(path) as stored, _decompressed(stored, path) as file:
+    with _naming(path), open_file(path) as stored, decompressed(stored, path) as file:
         pieces = cut_text(_text_blocks(file, stored, counts))
         number, waiting = 1, next(pieces)
         for following in pieces:
@@ -172,7 +175,7 @@ def cut_text(blocks: Iterable[str], limit: int = PIECE_OF_TEXT_CHARACTERS) -> It
 
 
 def _read_jsonl(path: str, column: str, counts: Counter[str]) -> Iterator[tuple[str | None, str]]:
-    with _naming(path), open_file(path) as stored, _decompressed(stored, path) as file:
+    with _naming(path), open_file(path) as stored, decompressed(stored, path) as file:
         before = counts["bytes"]
         for number, line in enumerate(file, start=1):
             counts["bytes"] = before + stored.tell()
@@ -255,7 +258,7 @@ def _rows(
 
 def _read_rooms(path: str, column: str, counts: Counter[str]) -> Iterator[tuple[str | None, str]]:
     """MUD world files; they are older than UTF-8, so bytes that are none are Latin-1."""
-    with _naming(path), open_file(path) as stored, _decompressed(stored, path) as file:
+    with _naming(path), open_file(path) as stored, decompressed(stored, path) as file:
         content = file.read()
         counts["bytes"] += stored.tell()
     try:

@@ -409,12 +409,13 @@ def test_a_document_of_50_megabytes_goes_through_and_no_process_takes_a_gigabyte
 
 
 SELECT = """
-import resource, sys
+import sys, tracemalloc
 from pathlib import Path
 import numpy as np
 import data.selection
 from data.parts import ROW
 
+tracemalloc.start()  # a process begins with the peak of its parent, as Linux counts
 data.selection.ROWS_AT_ONCE = data.selection.DROPPED_AT_ONCE = 2**16
 folder, parts = Path(sys.argv[1]), int(sys.argv[2])
 generator = np.random.default_rng(0)
@@ -434,7 +435,7 @@ for part in range(parts):
     for first in selection.firsts(part):
         kept += int((selection.rows(part, first)[1] != data.selection.DROPPED).sum())
 assert kept == selection.documents - selection.duplicates
-print(selection.documents, selection.duplicates, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(selection.documents, selection.duplicates, tracemalloc.get_traced_memory()[1])
 """
 
 
@@ -449,7 +450,7 @@ def test_choosing_among_eight_times_the_documents_takes_the_same_memory(tmp_path
         assert documents == parts * 2**17
         assert duplicates == parts * len(range(0, 2**17, 20)) - parts
         peaks.append(peak)
-    assert peaks[1] - peaks[0] < 20e6
+    assert peaks[1] - peaks[0] < 5e6
 
 
 def test_progress_names_the_file_at_hand_of_a_part_of_many(tmp_path):
