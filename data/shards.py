@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from data.files import commit, file_sha256, flush, write_atomically
-from data.tokenizer import fingerprint_of_format_1, tokenizer_fingerprint
+from data.tokenizer import fingerprint_of_format_1, load_tokenizer, tokenizer_fingerprint
 
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -320,6 +320,12 @@ class TokenBlocks(Dataset):
         self._starts = [0, *np.cumsum(tokens).tolist()]  # of each shard, in tokens of the stream
         self._values: list[np.ndarray | None] = [None] * len(self._entries)
         self._dtype = np.dtype(self.manifest.dtype)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer beside the shards. Raises ValueError if there is none, or the ids are another's."""
+        tokenizer = load_tokenizer(self.shard_dir / TOKENIZER_FOLDER)
+        self.manifest.check_tokenizer(tokenizer)
+        return tokenizer
 
     def __len__(self) -> int:
         return self.total_tokens // self.block_size
