@@ -89,9 +89,9 @@ def prepare_data(
     wanted = PrepareSettings(settings.source, shards, settings.tokenizer, train_tokenizer=words)
     make_if_missing(Path(shards, "manifest.json"), lambda: prepare(wanted))
     with for_the_owner(ValueError, OSError):
-        tokenizer = load_tokenizer(Path(shards, "tokenizer"))
         train_set = TokenBlocks(shards, settings.block_size)
         eval_set = TokenBlocks(shards, settings.block_size, "validation")
+        tokenizer = train_set.load_tokenizer()
     announce_shards(settings, given, train_set.manifest)
     return tokenizer, train_set, eval_set
 

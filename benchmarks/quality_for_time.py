@@ -74,9 +74,8 @@ class Turns:
         self.arguments, self.model, self.accelerator, self.rows = arguments, model, accelerator, rows
         self.total_seconds = 60 * arguments.minutes
         self.steps, self.turns, self.trained_seconds = 0, 0, 0.0
-        tokenizer = load_tokenizer(Path(arguments.data) / "tokenizer")
-        self._token_bytes = torch.from_numpy(token_byte_lengths(tokenizer))
         self._eval_set = TokenBlocks(Path(arguments.data), arguments.block, "validation")
+        self._token_bytes = torch.from_numpy(token_byte_lengths(self._eval_set.load_tokenizer()))
         say({"warm": True})
         sys.stdin.readline()
         self._began = time.perf_counter()

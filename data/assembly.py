@@ -121,11 +121,18 @@ def write_cut(cut: Cut, selection: Selection, dtype: np.dtype, output: Path) -> 
                 file.seek(int(starts[first]) * dtype.itemsize)
                 if file.readinto(run.data) != run.nbytes:
                     folder = selection.parts[stretch.part]
-                    raise ValueError(f"{file.name} is shorter than its rows say; delete {folder} and go on.")
+                    raise ValueError(
+                        f"{file.name} is shorter than its rows say. Delete {folder} and run the same command "
+                        "again: that part alone is encoded anew."
+                    )
                 filled += len(run)
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int32)
     entry: ShardEntry = write_shard(output / cut.file, cut.split, ids, offsets)
     return entry
+
+
+def _in_words(validation_tokens: int | None) -> str:
+    return "one document" if validation_tokens is None else f"--validation_tokens {validation_tokens}"
 
 
 def assemble(
@@ -168,8 +175,8 @@ def assemble(
     cuts = plan_cuts(selection, tokens_per_shard)
     if not any(cut.split == "train" for cut in cuts):
         raise ValueError(
-            f"validation_tokens={selection.validation_tokens:,} leaves nothing to train on: the source has "
-            f"{selection.tokens:,} tokens in {selection.documents - selection.duplicates:,} different "
+            f"The validation split ({_in_words(validation_tokens)}) leaves nothing to train on: the source "
+            f"has {selection.tokens:,} tokens in {selection.documents - selection.duplicates:,} different "
             "documents, and each goes whole to one side. Give more or smaller documents (a text file longer "
             f"than {PIECE_OF_TEXT_CHARACTERS:,} characters is cut into several), or ask for fewer validation "
             "tokens."

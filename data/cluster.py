@@ -12,12 +12,12 @@ from pathlib import Path
 
 from datatrove.executor import RayPipelineExecutor, SlurmPipelineExecutor
 
-from data.engine import Job, stages
+from data.engine import Job, Stage, stages
+from data.progress import Task
 from data.settings import PrepareSettings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CPUS_PER_TASK = 1  # each task encodes in one thread: parts are many, and tasks then pack any machine
-MEMORY_PER_TASK_GB = 2
+EXAMPLES = 3  # of failed tasks that a message names
 
 
 class StillRunning(Exception):
@@ -28,7 +28,7 @@ def encode_on_slurm(job: Job, settings: PrepareSettings) -> list[Path]:
     """Submit array jobs for what is not there, one a stage; returns the parts' folders once all are.
 
     Raises:
-        StillRunning: after submitting, and while the jobs run.
+        StillRunning: after submitting, again too, and while the jobs run.
         ValueError: without `slurm_partition`, or if sbatch refuses.
     """
     folders = job.folders
@@ -43,21 +43,26 @@ def encode_on_slurm(job: Job, settings: PrepareSettings) -> list[Path]:
         )
     if settings.slurm_partition is None:
         raise ValueError("--executor slurm needs --slurm_partition.")
+    # A job whose forerunner failed would otherwise wait in the queue for ever.
+    sbatch = {"kill-on-invalid-dep": "yes"}
+    if settings.slurm_account is not None:
+        sbatch["account"] = settings.slurm_account
     executor = None
-    for stage in stages(job, owner=None):
+    steps = stages(job, owner=None)
+    before = f"Slurm job {job_file.read_text()} has ended; {_missing(steps)} " if job_file.exists() else ""
+    for stage in steps:
         executor = SlurmPipelineExecutor(
             stage.steps,
             tasks=len(stage.tasks),
             time=settings.slurm_time,
             partition=settings.slurm_partition,
-            qos="",
-            cpus_per_task=CPUS_PER_TASK,
-            mem_per_cpu_gb=MEMORY_PER_TASK_GB // CPUS_PER_TASK,
+            qos=settings.slurm_qos or "",
+            cpus_per_task=settings.slurm_cpus,
+            mem_per_cpu_gb=-(-settings.slurm_memory_gb // settings.slurm_cpus),  # sbatch takes whole ones
             workers=settings.workers or -1,
             job_name=f"{stage.name}-token-shards",
             depends=executor,
-            # A job whose forerunner failed would otherwise wait in the queue for ever.
-            sbatch_args={"kill-on-invalid-dep": "yes"},
+            sbatch_args=dict(sbatch),
             # Tasks start in a shell of their own: they get this interpreter's programs and this checkout.
             env_command=f"export PATH={shlex.quote(os.path.dirname(sys.executable))}:$PATH "
             f"PYTHONPATH={shlex.quote(os.fspath(REPOSITORY))}:$PYTHONPATH",
@@ -71,7 +76,20 @@ def encode_on_slurm(job: Job, settings: PrepareSettings) -> list[Path]:
         raise ValueError(f"The job could not be submitted with sbatch: {error}") from error
     job_file.write_text(str(executor.job_id))
     raise StillRunning(
-        f"Slurm job {executor.job_id} was submitted for {len(folders) - done:,} parts. {follow}"
+        f"{before}Slurm job {executor.job_id} was submitted for {len(folders) - done:,} parts. {follow}"
+    )
+
+
+def _missing(steps: list[Stage]) -> str:
+    """What of the first stage that is not complete was not done, in a sentence."""
+    for stage in steps:
+        missing = [task for task in stage.tasks if not task.done.exists()]
+        if missing:
+            break
+    examples = "; ".join(f"{task.label}{_of_files(task)}" for task in missing[:EXAMPLES])
+    return (
+        f"{len(missing):,} of {len(stage.tasks):,} tasks of {stage.name} failed or never began, such as "
+        f"{examples}; their logs are in {stage.log}."
     )
 
 
@@ -83,12 +101,18 @@ def _is_queued(job: str) -> bool:
     return listed.returncode == 0 and bool(listed.stdout.strip())
 
 
+def _of_files(task: Task) -> str:
+    return f" ({task.files[0]}{', …' * (len(task.files) > 1)})" if task.files else ""
+
+
 def encode_on_ray(job: Job, settings: PrepareSettings) -> list[Path]:
     """Encode the parts that are not there yet on the Ray cluster that RAY_ADDRESS names, or on one started
     here.
     """
-    import ray  # an optional dependency
-
+    try:
+        import ray  # an optional dependency
+    except ImportError as error:
+        raise ValueError(f"--executor ray needs Ray ({error}): pip install ray.") from error
     if not ray.is_initialized():
         path = os.pathsep.join(filter(None, [os.fspath(REPOSITORY), os.environ.get("PYTHONPATH")]))
         ray.init(runtime_env={"env_vars": {"PYTHONPATH": path}}, log_to_driver=False)
@@ -97,15 +121,10 @@ def encode_on_ray(job: Job, settings: PrepareSettings) -> list[Path]:
             stage.steps,
             tasks=len(stage.tasks),
             workers=settings.workers or -1,
-            cpus_per_task=CPUS_PER_TASK,
-            mem_per_cpu_gb=MEMORY_PER_TASK_GB / CPUS_PER_TASK,
+            cpus_per_task=settings.slurm_cpus,
+            mem_per_cpu_gb=settings.slurm_memory_gb / settings.slurm_cpus,
             logging_dir=os.fspath(stage.log),
         ).run()
-        missing = [task.label for task in stage.tasks if not task.done.exists()]
-        if missing:
-            raise ValueError(
-                f"{len(missing):,} of {len(stage.tasks):,} tasks of {stage.name} failed on the cluster, such "
-                f"as {missing[0]}; their logs are in {stage.log / 'logs'}. Run the same command again to go "
-                "on."
-            )
+        if any(not task.done.exists() for task in stage.tasks):
+            raise ValueError(f"On the cluster, {_missing([stage])} Run the same command again to go on.")
     return job.folders

@@ -119,3 +119,13 @@ def contamination(questions: Path, part_folders: list[Path]) -> dict:
         "questions": len(per_question),
         "questions_in_corpus": sum(bool(np.isin(keys, seen).any()) for keys in per_question),
     }
+
+
+def contamination_in_words(found: dict | None) -> str:
+    """The receipt's entry as a sentence."""
+    if found is None:
+        return "Evaluation questions were not looked for in the corpus."
+    return (
+        f"{found['questions_in_corpus']:,} of {found['questions']:,} {found['evaluation']} questions have "
+        f"{found['words_in_a_row']} words in a row in the corpus."
+    )

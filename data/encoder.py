@@ -5,9 +5,10 @@ A worker imports this and neither torch nor transformers, which take longer to l
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -65,14 +66,20 @@ class FastEncoder:
         self.dtype = np.dtype(np.uint16 if len(words) <= 2**16 else np.uint32)
         self.why_slow = why_slow or why_unlike(self._spec)
         if self.is_fast:
-            try:
+            with self._or_slowly():
                 self._start()
-                if not checked:
-                    self._check_agreement(PROBE_TEXTS)
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException as error:  # a panic of its Rust is no Exception
-                self.why_slow = str(error).partition("\n")[0]
+        if not checked:
+            self.verify(PROBE_TEXTS)
+
+    @contextlib.contextmanager
+    def _or_slowly(self) -> Iterator[None]:
+        """Whatever goes wrong within is the reason to go on with the slow encoder."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of its Rust is no Exception
+            self.why_slow = str(error).partition("\n")[0]
 
     def _start(self) -> None:
         # It reads the JSON form; special tokens that it does not know are text.
@@ -95,10 +102,8 @@ class FastEncoder:
     def verify(self, texts: Sequence[str]) -> None:
         """Compare both encoders on these texts; on any difference, go on with the slow one and say why."""
         if self.is_fast:
-            try:
+            with self._or_slowly():
                 self._check_agreement(texts)
-            except ValueError as error:
-                self.why_slow = str(error)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One array of ids (self.dtype) per text, in order."""

@@ -29,16 +29,20 @@ from datatrove.utils.logging import logger
 from data.contamination import load_question_ngrams
 from data.encoder import FastEncoder
 from data.near_duplicates import MINHASH, WholeOrNot, clustering, comparing, filtering, signing
-from data.parts import encode_part
+from data.parts import HasText, encode_part
 from data.progress import Report, Task, Watch, read_statistics
-from data.sources import Part, SourceSpec, read_part
+from data.sources import Document, Part, SourceSpec, read_part
 
 
-@functools.cache
 def encoder_for(tokenizer_file: Path, why_slow: str | None) -> FastEncoder:
     """Made once a process, because it takes as long as some million tokens do."""
-    content = tokenizer_file.read_text(encoding="utf-8")
-    return FastEncoder(content, checked=True, why_slow=why_slow)
+    return _encoder_of(tokenizer_file.read_text(encoding="utf-8"), why_slow)
+
+
+# By content: the next preparation of this process may have another tokenizer in the same place.
+@functools.lru_cache(maxsize=1)
+def _encoder_of(tokenizer_json: str, why_slow: str | None) -> FastEncoder:
+    return FastEncoder(tokenizer_json, checked=True, why_slow=why_slow)
 
 
 class ReadPart(PipelineStep):
@@ -55,10 +59,15 @@ class ReadPart(PipelineStep):
         self, data: Iterable[PipedDocument] | None, rank: int = 0, world_size: int = 1
     ) -> Iterator[PipedDocument]:
         counts = self.counts.setdefault(rank, Counter())
-        for document in read_part(self.spec, self.parts[rank], counts):
-            counts["read"] += 1
+        for document in _counted(self.spec, self.parts[rank], counts):
             yield PipedDocument(text=document.text, id=document.id)
         self.stat_update("documents", value=counts["read"])
+
+
+def _counted(spec: SourceSpec, part: Part, counts: Counter[str]) -> Iterator[Document]:
+    for document in read_part(spec, part, counts):
+        counts["read"] += 1
+        yield document
 
 
 class EncodePart(PipelineStep):
@@ -78,18 +87,29 @@ class EncodePart(PipelineStep):
         if not folder.exists():
             counts = self.counts.setdefault(rank, Counter())
             report = Report(_report_of(folder), self.owner)
-            encode_part(
-                data,
-                counts,
-                folder,
-                encoder_for(job.tokenizer_file, job.why_slow),
-                job.end_of_text,
-                limit_tokens=job.limit_tokens,
-                ngrams=load_question_ngrams(job.questions)[0] if job.questions else None,
-                advance=lambda documents, tokens: report.advance(documents, tokens, counts),
-            )
+            _encode(job, data, counts, folder, job.limit_tokens, report)
             report.path.unlink(missing_ok=True)
         yield from ()
+
+
+def _encode(
+    job: Job,
+    documents: Iterable[HasText],
+    counts: Counter[str],
+    folder: Path,
+    limit_tokens: int | None,
+    report: Report | None = None,
+) -> None:
+    encode_part(
+        documents,
+        counts,
+        folder,
+        encoder_for(job.tokenizer_file, job.why_slow),
+        job.end_of_text,
+        limit_tokens=limit_tokens,
+        ngrams=load_question_ngrams(job.questions)[0] if job.questions else None,
+        advance=lambda documents, tokens: report.advance(documents, tokens, counts) if report else None,
+    )
 
 
 def _report_of(folder: Path) -> Path:
@@ -134,6 +154,9 @@ def stages(job: Job, owner: tuple[str, int] | None) -> list[Stage]:
     job.work.joinpath("parts").mkdir(exist_ok=True)
     counts: dict[int, Counter[str]] = {}
     log = job.work / "log"
+    for number, folder in enumerate(job.folders):
+        if not folder.exists():  # as where one was deleted: datatrove would pass over what it marked as done
+            (log / "encoding" / "completions" / f"{number:05d}").unlink(missing_ok=True)
     reader = ReadPart(job.spec, job.parts, counts)
     found: list[Stage] = []
     if job.near_deduplicate:
@@ -157,8 +180,9 @@ def stages(job: Job, owner: tuple[str, int] | None) -> list[Stage]:
         Task(
             _report_of(folder),
             folder,
-            f"part {folder.name} ({os.path.basename(part.paths[0])}, …)",
+            f"part {folder.name}",
             part.bytes,
+            tuple(map(os.path.basename, part.paths)),
         )
         for folder, part in zip(job.folders, job.parts, strict=True)
     ]
@@ -171,6 +195,9 @@ class QuietLocalExecutor(LocalPipelineExecutor):
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
         logger.disable("datatrove")
+        if multiprocess.parent_process() is not None:
+            # A terminal sends Ctrl-C to all: the run's own process takes it, and ends this one.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         return super()._run_for_rank(rank, local_rank, node_rank)
 
 
@@ -209,8 +236,8 @@ def _forks_end_with_us() -> None:
 def encode_locally(job: Job, *, workers: int, progress: bool) -> list[Path]:
     """Encode every part that is not there yet, `workers` at a time; returns the parts' folders in order.
 
-    With `limit_tokens`, parts are taken in order until together they have so many tokens; the rest stays
-    unread.
+    With `limit_tokens`, parts are taken in order until together they have so many tokens, of the last one as
+    much as it takes; the rest stays unread.
     """
     logger.disable("datatrove")
     _forks_end_with_us()
@@ -219,15 +246,39 @@ def encode_locally(job: Job, *, workers: int, progress: bool) -> list[Path]:
     for stage in before:
         with Watch(stage.name, stage.tasks, progress), _no_main_module():
             _executor(stage, workers).run()
-    at_once = len(job.parts) if job.limit_tokens is None else min(workers, len(job.parts))
     with Watch(encoding.name, encoding.tasks, progress), _no_main_module():
-        for first in range(0, len(job.parts), at_once):
-            _executor(encoding, workers, first, min(at_once, len(job.parts) - first)).run()
-            done = job.folders[: first + at_once]
-            tokens = sum(read_statistics(folder)["tokens"] for folder in done)
-            if job.limit_tokens is not None and tokens >= job.limit_tokens:
-                return done
+        if job.limit_tokens is not None:
+            return _encode_up_to(job, job.limit_tokens, encoding, workers)
+        _executor(encoding, workers).run()
     return job.folders
+
+
+def _encode_up_to(job: Job, limit_tokens: int, encoding: Stage, workers: int) -> list[Path]:
+    """The folders of the first parts, which have exactly what one reader after another would have taken."""
+    tokens = done = 0
+    while done < len(job.parts):
+        # As many at once as it will take, by the size of those that are done; the first alone.
+        likely = (limit_tokens - tokens) * done // tokens + 1 if tokens else 1
+        at_once = min(workers, likely, len(job.parts) - done)
+        _executor(encoding, at_once, done, at_once).run()
+        for folder in job.folders[done : done + at_once]:
+            more = read_statistics(folder)["tokens"]
+            if tokens + more >= limit_tokens:
+                return [*job.folders[:done], _cut(job, done, limit_tokens - tokens)]
+            tokens, done = tokens + more, done + 1
+    return job.folders
+
+
+def _cut(job: Job, number: int, limit_tokens: int) -> Path:
+    """The beginning of a part, encoded again, so that the receipt speaks of nothing behind the limit."""
+    folder = job.folders[number]
+    if limit_tokens == job.limit_tokens:  # by which it was encoded
+        return folder
+    folder = folder.with_name(f"{folder.name}-{limit_tokens}")
+    if not folder.exists():
+        counts: Counter[str] = Counter()
+        _encode(job, _counted(job.spec, job.parts[number], counts), counts, folder, limit_tokens)
+    return folder
 
 
 def _executor(stage: Stage, workers: int, first: int = 0, tasks: int = -1) -> QuietLocalExecutor:

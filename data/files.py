@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import IO
 
 HASH_READ_BYTES = 1 << 20
 
@@ -14,13 +15,20 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    commit_file(temporary, path)
+        flush(file)
+    commit(temporary, path)
 
 
-def commit_file(temporary: Path, path: Path) -> None:
-    """Rename a flushed file into place, and flush the folder so that the name survives a power cut too."""
+def flush(file: IO) -> None:
+    """All that was written to the file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def commit(temporary: Path, path: Path) -> None:
+    """Rename a file or folder whose files are flushed into place, and flush what it stands in, so that the
+    name survives a power cut too.
+    """
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -22,7 +22,7 @@ import xxhash
 
 from data.contamination import Ngrams
 from data.encoder import FastEncoder
-from data.files import write_atomically
+from data.files import commit, flush, write_atomically
 
 BATCH_CHARACTERS = 4_000_000  # encoded and written together
 HASHED_AT_ONCE = 2**20
@@ -33,7 +33,8 @@ ROW = np.dtype([("key", np.uint64), ("tokens", np.uint32)])  # what is kept of a
 class HasText(Protocol):
     """A document, ours or datatrove's."""
 
-    text: str
+    @property
+    def text(self) -> str: ...
 
 
 def content_key(text: str) -> int:
@@ -65,7 +66,7 @@ def encode_part(
 
     ids.bin holds the ids of all documents, each followed by `end_of_text`; rows.bin one ROW a document (its
     tokens count the end); counts.json what the reader counted. Stops after the document that reaches
-    `limit_tokens`.
+    `limit_tokens`, and knows of nothing behind it.
     """
     started = time.monotonic()
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
@@ -74,16 +75,18 @@ def encode_part(
     found = np.empty(0, np.uint64)
     number = total = 0
     end = np.array([end_of_text], dtype=encoder.dtype)
+    is_limited = limit_tokens is not None
     with (
         open(temporary / "ids.bin", "wb") as ids_file,
         open(temporary / "rows.bin", "wb") as rows_file,
     ):
-        for texts in _batches(documents):
+        for texts, counts_then in _batches(documents, counts, is_limited):
             encoded = encoder.encode_batch(texts)
             lengths = [len(ids) + 1 for ids in encoded]
             if limit_tokens is not None and total + sum(lengths) >= limit_tokens:
                 keep = int(np.searchsorted(np.cumsum(lengths), limit_tokens - total)) + 1
                 texts, encoded, lengths = texts[:keep], encoded[:keep], lengths[:keep]
+                counts = counts_then[keep - 1]
             ids_file.write(np.concatenate([piece for ids in encoded for piece in (ids, end)]).data)
             rows = np.empty(len(texts), dtype=ROW)
             rows["key"], rows["tokens"] = list(map(content_key, texts)), lengths
@@ -95,10 +98,11 @@ def encode_part(
             if limit_tokens is not None and total >= limit_tokens:
                 break
         for file in (ids_file, rows_file):
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
     if ngrams is not None:
-        np.save(temporary / "ngrams.npy", found)
+        with open(temporary / "ngrams.npy", "wb") as ngrams_file:
+            np.save(ngrams_file, found)
+            flush(ngrams_file)
     statistics = {
         "counts": dict(counts),
         "documents": number,
@@ -107,21 +111,27 @@ def encode_part(
     }
     write_atomically(temporary / "counts.json", json.dumps(statistics).encode())
     try:
-        os.replace(temporary, folder)
+        commit(temporary, folder)
     except OSError:
         if not folder.exists():
             raise
         shutil.rmtree(temporary)  # another process was faster: its part holds the same
 
 
-def _batches(documents: Iterable[HasText]) -> Iterator[list[str]]:
+def _batches(
+    documents: Iterable[HasText], counts: Counter[str], keeps_counts: bool
+) -> Iterator[tuple[list[str], list[Counter[str]]]]:
+    """Texts to encode together and, if asked for, what had been counted when each of them came."""
     batch: list[str] = []
+    counts_then: list[Counter[str]] = []
     characters = 0
     for document in documents:
         batch.append(document.text)
+        if keeps_counts:
+            counts_then.append(counts.copy())
         characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
+            yield batch, counts_then
+            batch, counts_then, characters = [], [], 0
     if batch:
-        yield batch
+        yield batch, counts_then

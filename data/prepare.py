@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,31 +23,43 @@ from transformers import PreTrainedTokenizerFast
 
 from data.assembly import assemble, is_no_room
 from data.cluster import StillRunning, encode_on_ray, encode_on_slurm
-from data.contamination import contamination, save_questions
+from data.contamination import contamination, contamination_in_words, save_questions
 from data.encoder import PROBE_TEXTS
 from data.engine import Job, encode_locally, encoder_for, start_early
-from data.files import write_atomically
+from data.files import commit, write_atomically
 from data.hellaswag import HUB_ID as HELLASWAG_HUB_ID
 from data.hellaswag import load_questions
-from data.output import WORK_FOLDER, claim, disk_full, is_finished, locked
+from data.output import (
+    PARTS_FILE,
+    WORK_FOLDER,
+    claim,
+    clear_away,
+    disk_full,
+    holds_what_is_asked_for,
+    is_finished,
+    kept_so_far,
+    locked,
+)
 from data.plan import plan
 from data.progress import Clock
 from data.settings import PrepareSettings, add_flags
-from data.shards import TOKENIZER_FOLDER, Manifest, write_manifest
+from data.shards import TOKENIZER_FOLDER, Manifest, read_manifest, write_manifest
 from data.share import find_set, push_to_hub, take_set
 from data.sources import (
-    HUB_PREFIX,
-    NAMED_SOURCES,
     PYTHON_DOCS,
     Part,
     SourceSpec,
-    list_parts,
+    find_parts,
+    is_on_the_hub,
+    origin_of,
     read_documents,
     read_part,
 )
 from data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
-from data.verify import verify
+from data.verify import hashes_of_files, verify
 
+# The exit status while a cluster is at work, by sysexits.h: what follows with `&&` must wait.
+TRY_AGAIN_LATER = 75
 RECORDED_VERSIONS = ("datatrove", "gigatoken", "numpy", "pyarrow", "tokenizers", "transformers")
 # How much of the source both encoders are compared on before a run, and of each document.
 VERIFY_CHARACTERS, VERIFY_CHARACTERS_EACH = 300_000, 30_000
@@ -62,38 +75,35 @@ def prepare(settings: PrepareSettings, *, progress: bool = True) -> Path:
     """
     settings.validate()
     output = Path(settings.output)
-    if settings.source not in (PYTHON_DOCS, *NAMED_SOURCES) and (found := find_set(settings.spec())):
-        if settings.train_tokenizer is not None:
-            raise ValueError(f"{settings.source!r} is a set of token shards: --train_tokenizer needs text.")
-        return take_set(settings.spec(), found, output)
+    if not holds_what_is_asked_for(output, settings) and (found := find_set(settings.spec())):
+        return take_set(settings, found)
     if is_finished(output, settings):
+        clear_away(output)
         print(f"{output} is already prepared with these settings: nothing to do.")
         return output
     try:
         with locked(output) as work:
-            if is_finished(output, settings):  # by the process that held the lock
-                return output
-            claim(work, settings)
-            with Clock(work / "elapsed_seconds") as clock:
-                manifest = _prepare(settings, output, work, clock, progress)
+            if not is_finished(output, settings):  # by the process that held the lock
+                claim(work, settings)
+                with Clock(work / "elapsed_seconds") as clock:
+                    _prepare(settings, output, work, clock, progress)
+            shutil.rmtree(work)
     except Exception as error:
         if is_no_room(error):
             raise disk_full(output) from error
         raise
-    shutil.rmtree(output / WORK_FOLDER)
     if progress:
-        _print_summary(output, manifest)
+        _print_summary(output, read_manifest(output))
     return output
 
 
-def _prepare(settings: PrepareSettings, output: Path, work: Path, clock: Clock, progress: bool) -> Manifest:
+def _prepare(settings: PrepareSettings, output: Path, work: Path, clock: Clock, progress: bool) -> None:
     """All stages."""
     questions = _questions(settings, work)  # a wrong file is better known now than after an hour
-    spec = _gather(settings.spec(), work)
-    parts = _list_parts_once(spec, work)
+    spec, parts = _find_parts_once(_gather(settings.spec(), work), work)
     if settings.executor == "local" and min(_workers(settings), len(parts)) > 1:
         start_early()
-    tokenizer = _make_tokenizer(settings, spec, output)
+    tokenizer = _make_tokenizer(settings, spec, parts, output)
     tokenizer_file = (work / "encoder.json").absolute()
     write_atomically(tokenizer_file, tokenizer.backend_tokenizer.to_str().encode())
     job = Job(
@@ -126,7 +136,7 @@ def _prepare(settings: PrepareSettings, output: Path, work: Path, clock: Clock, 
         progress=progress,
     )
     name = settings.tokenizer if settings.train_tokenizer is None else f"trained on {settings.source}"
-    return write_manifest(
+    write_manifest(
         output,
         Manifest(
             tokenizer=name,
@@ -136,7 +146,9 @@ def _prepare(settings: PrepareSettings, output: Path, work: Path, clock: Clock, 
             dtype=dtype.name,
             shards=tuple(entries),
             settings=settings.content(),
+            origin=origin_of(spec, parts),
             counts=counts,
+            tokenizer_files=hashes_of_files(output / TOKENIZER_FOLDER),
             contamination=contamination(questions, folders) if questions else None,
             versions={name: version(name) for name in RECORDED_VERSIONS},
             elapsed_seconds=round(clock.seconds, 1),
@@ -161,37 +173,45 @@ def _gather(spec: SourceSpec, work: Path) -> SourceSpec:
     return SourceSpec(os.fspath(path))
 
 
-def _list_parts_once(spec: SourceSpec, work: Path) -> list[Part]:
-    """The parts of the source; on a later run, refuse one that has changed in between."""
-    parts = list_parts(spec)
-    content = json.dumps([asdict(part) for part in parts]).encode()
-    path = work / "parts.json"
-    if path.exists() and path.read_bytes() != content:
-        raise ValueError(
-            f"The files of {spec.source!r} have changed since this preparation began. Delete {work.parent} "
-            "and begin again."
-        )
-    write_atomically(path, content)
-    return parts
+def _find_parts_once(spec: SourceSpec, work: Path) -> tuple[SourceSpec, list[Part]]:
+    """`find_parts`, whose result stands for all runs of this preparation: a Hub dataset is read at the commit
+    that it had at first; other files that have changed in between are refused.
+    """
+    path = work / PARTS_FILE
+    if path.exists():
+        saved = json.loads(path.read_bytes())
+        before = SourceSpec(**saved["spec"])
+        parts = [Part(tuple(part["paths"]), part["bytes"]) for part in saved["parts"]]
+        if not is_on_the_hub(before.source) and (before, parts) != find_parts(spec):
+            raise ValueError(
+                f"The files of {spec.source!r} have changed since this preparation began. Delete "
+                f"{work.parent} and begin again."
+            )
+        return before, parts
+    spec, parts = find_parts(spec)
+    content = {"spec": asdict(spec), "parts": [asdict(part) for part in parts]}
+    write_atomically(path, json.dumps(content).encode())
+    return spec, parts
 
 
-def _make_tokenizer(settings: PrepareSettings, spec: SourceSpec, output: Path) -> PreTrainedTokenizerFast:
+def _make_tokenizer(
+    settings: PrepareSettings, spec: SourceSpec, parts: list[Part], output: Path
+) -> PreTrainedTokenizerFast:
     folder = output / TOKENIZER_FOLDER
     if not folder.exists():
         if settings.train_tokenizer is None:
             tokenizer = load_tokenizer(settings.tokenizer)
         else:
             print(f"Training a tokenizer of {settings.train_tokenizer:,} words …")
-            tokenizer = train_tokenizer(
-                (document.text for document in read_documents(spec)), settings.train_tokenizer
-            )
+            texts = (document.text for part in parts for document in read_part(spec, part))
+            tokenizer = train_tokenizer(texts, settings.train_tokenizer)
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 f"The tokenizer {settings.tokenizer!r} has no end-of-text token to end documents with."
             )
         temporary = output / WORK_FOLDER / TOKENIZER_FOLDER
         tokenizer.save_pretrained(os.fspath(temporary))
-        os.replace(temporary, folder)
+        commit(temporary, folder)
         return tokenizer
     return load_tokenizer(folder)
 
@@ -201,8 +221,7 @@ def _questions(settings: PrepareSettings, work: Path) -> Path | None:
     path = work.absolute() / "questions.json"
     none = work / "no_questions"
     wanted = settings.contamination
-    on_the_hub = settings.source in NAMED_SOURCES or settings.source.startswith(HUB_PREFIX)
-    if wanted == "none" or (wanted is None and not on_the_hub) or none.exists():
+    if not settings.looks_for_questions() or none.exists():
         return None
     if not path.exists():
         try:
@@ -255,12 +274,7 @@ def _print_summary(output: Path, manifest: Manifest) -> None:
         f"({share['near_duplicates']:.2%}); {counts['blank']:,} blank or null left out; "
         f"{counts['repaired']:,} with invalid UTF-8 repaired. {manifest.elapsed_seconds:,.0f} s.\n{output}"
     )
-    if found := manifest.contamination:
-        print(
-            f"{found['questions_in_corpus']:,} of {found['questions']:,} {found['evaluation']} questions "
-            "have "
-            f"{found['words_in_a_row']} words in a row in the corpus."
-        )
+    print(contamination_in_words(manifest.contamination))
 
 
 # ---- the command
@@ -302,7 +316,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(push_to_hub(output, hub_name))
     except StillRunning as state:
         print(state)
-    except (ValueError, PermissionError, RuntimeError) as error:  # RuntimeError: a worker was killed
+        return TRY_AGAIN_LATER
+    except KeyboardInterrupt:
+        output = Path(arguments["output"] or "")
+        kept = f"{kept_so_far(output)}; the same command goes on from there" if arguments["output"] else ""
+        print(f"\nInterrupted: {kept or 'nothing was changed'}.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a worker was killed
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -25,6 +25,7 @@ class Task:
     done: Path
     label: str
     bytes: int
+    files: tuple[str, ...] = ()  # that it goes through
 
 
 class Report:
@@ -37,7 +38,7 @@ class Report:
         self.path, self.owner = path, owner
         self.host = socket.gethostname()
         self.state: dict = {"pid": os.getpid(), "host": self.host, "owner": owner and owner[1]}
-        self.state |= {"documents": 0, "tokens": 0, "bytes": 0}
+        self.state |= {"documents": 0, "tokens": 0, "bytes": 0, "file": 0}
         self.last = 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
         self.write()
@@ -45,7 +46,7 @@ class Report:
     def advance(self, documents: int, tokens: int, counts: Counter[str]) -> None:
         self.state["documents"] += documents
         self.state["tokens"] += tokens
-        self.state["bytes"] = counts["bytes"]
+        self.state["bytes"], self.state["file"] = counts["bytes"], counts["file"]
         if time.monotonic() - self.last > REPORT_SECONDS:
             self.write()
             if self.owner and self.owner[0] == self.host and not _is_alive(self.owner[1]):
@@ -181,6 +182,8 @@ class Watch:
                 except (OSError, ValueError):
                     continue
                 current = task.label
+                if task.files:
+                    current += f" ({task.files[state['file']]})"
                 if state["owner"] != os.getpid():  # left by an earlier run
                     continue
                 # `done` is looked for once more: the task may have finished since the first look.

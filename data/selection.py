@@ -1,7 +1,7 @@
 """Which documents are kept, and on which side of the split they stand: decided from hashes alone.
 
 The rows of all parts (a key and a token count a document) are sorted by key on the disk, in buckets of keys
-that fit into memory one at a time; so the memory it takes does not grow with the corpus.
+that fit into memory one at a time; so that memory hardly grows with the corpus.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import numpy as np
 
 from data.parts import ROW
 
-# Unless asked otherwise: one token in a hundred, and no more than gives an exact validation loss anyway.
-VALIDATION_SHARE, VALIDATION_AT_MOST = 0.01, 10_000_000
+# Unless asked otherwise: the hundredth of documents with the smallest keys, the first of them always, and
+# no more than give an exact validation loss anyway. As documents are added, none of these bounds rises.
+VALIDATION_SHARE, VALIDATION_TOKENS_AT_MOST = 0.01, 10_000_000
+VALIDATION_KEYS = int(2**64 * VALIDATION_SHARE)
 ROWS_AT_ONCE = 2**20  # sorted together; a few tens of bytes of memory each
 DROPPED_AT_ONCE = 2**20
 # What is sorted: `row` counts from the beginning of the source; copies with one key may share one entry.
@@ -36,7 +38,6 @@ class Selection:
     documents: int  # up to the token limit; duplicates are among them
     tokens: int
     duplicates: int
-    validation_tokens: int  # wanted
     threshold: int  # documents whose key is at most this are for validation; -1: none
 
     def firsts(self, part: int) -> range:
@@ -73,8 +74,8 @@ def select_documents(
     validation_tokens: int | None,
     limit_tokens: int | None,
 ) -> Selection:
-    """Drop later copies of a document, and put those with the smallest keys aside until they have enough
-    tokens.
+    """Drop later copies of a document, and put those with the smallest keys aside for validation: until they
+    have `validation_tokens`, or as VALIDATION_KEYS says where that is None.
 
     A key depends on the content alone: reordering or adding text never moves a training document to
     validation, and copies of one document never stand on both sides. `folder` is made anew.
@@ -85,10 +86,9 @@ def select_documents(
     buckets = 1 << max(0, (sum(sizes) // ROWS_AT_ONCE).bit_length())
     dropped = _DroppedRows(folder, sizes)
     documents, total = _scatter(parts, folder, buckets, deduplicate, limit_tokens, dropped)
-    if validation_tokens is None:
-        validation_tokens = min(int(total * VALIDATION_SHARE), VALIDATION_AT_MOST)
-    threshold = -1
-    reached = 0 if validation_tokens > 0 else None  # tokens with the smallest keys so far, until enough
+    wanted = VALIDATION_TOKENS_AT_MOST if validation_tokens is None else validation_tokens
+    threshold, smallest = -1, None
+    reached = 0 if wanted > 0 else None  # tokens with the smallest keys so far, until enough
     for bucket in range(buckets):  # in the order of their keys
         path = folder / f"{bucket:05d}.bucket"
         if not path.exists():
@@ -97,16 +97,20 @@ def select_documents(
         path.unlink()
         order = np.argsort(entries["key"], kind="stable")  # of equal keys, the first document comes first
         keys = entries["key"][order]
+        tokens = entries["tokens"][order]
         if deduplicate:
             copies = np.concatenate([[False], keys[1:] == keys[:-1]])
             dropped.add(entries["row"][order[copies]])
-            order, keys = order[~copies], keys[~copies]
+            tokens, keys = np.maximum.reduceat(tokens, np.flatnonzero(~copies)), keys[~copies]
+        smallest = int(keys[0]) if smallest is None else smallest
         if reached is not None:
-            sums = reached + np.cumsum(entries["tokens"][order].astype(np.int64))
-            enough = int(np.searchsorted(sums, validation_tokens))
+            sums = reached + np.cumsum(tokens.astype(np.int64))
+            enough = int(np.searchsorted(sums, wanted))
             threshold = int(keys[min(enough, len(keys) - 1)])
             reached = None if enough < len(keys) else int(sums[-1])
     dropped.write()
+    if validation_tokens is None and smallest is not None:
+        threshold = min(threshold, max(smallest, VALIDATION_KEYS))
     return Selection(
         tuple(parts),
         tuple(np.cumsum([0, *sizes]).tolist()),
@@ -114,7 +118,6 @@ def select_documents(
         documents,
         total,
         dropped.count,
-        validation_tokens,
         threshold,
     )
 
@@ -151,9 +154,9 @@ def _scatter(
                 copies = np.ones(len(keys), dtype=bool)
                 copies[starts] = False
                 dropped.add(numbers[copies])
-                entries["tokens"] = tokens[order][starts]
-            else:
-                entries["tokens"] = np.add.reduceat(tokens[order], starts)
+            # Of copies, which differ in blanks, the longest counts: another one in front changes no bound.
+            together = np.maximum if deduplicate else np.add
+            entries["tokens"] = together.reduceat(tokens[order], starts)
             # A shift by 64 bits is undefined: a single bucket takes everything.
             of_bucket = entries["key"] >> shift if buckets > 1 else np.zeros(len(entries), np.uint64)
             edges = np.searchsorted(of_bucket, np.arange(buckets + 1, dtype=np.uint64))

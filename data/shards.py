@@ -25,12 +25,14 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from data.files import commit_file, file_sha256, write_atomically
-from data.tokenizer import tokenizer_fingerprint
+from data.files import commit, file_sha256, flush, write_atomically
+from data.tokenizer import fingerprint_of_format_1, load_tokenizer, tokenizer_fingerprint
 
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
-FORMAT_VERSION = 1
+# 2 added the receipt's own checksum, hashes of the tokenizer's files, where the text came from, and what a
+# tokenizer does to a text before its merges to the fingerprint. Sets of format 1 are read as they were.
+FORMAT_VERSION = 2
 COLUMN = "input_ids"
 MAX_TOKENS_PER_SHARD = 2**31 - 1  # Arrow's list offsets are int32
 
@@ -56,8 +58,9 @@ class Manifest:
     """What a shard directory holds: the receipt that preparation writes last.
 
     `dtype` is "uint16" or "uint32"; `vocab_size` counts special tokens; `settings` are those of the
-    preparation, which say where the documents came from; `counts` holds documents read, dropped and repaired;
-    `sha256` is that of the file this object was read from ("" before it is written).
+    preparation, `origin` what they led to: dataset, configuration, commit, files; `counts` holds documents
+    read, dropped and repaired; `tokenizer_files` maps the names in tokenizer/ to their SHA-256; `sha256` is
+    that of the file this object was read from ("" before it is written).
     """
 
     tokenizer: str
@@ -67,7 +70,9 @@ class Manifest:
     dtype: str
     shards: tuple[ShardEntry, ...]
     settings: dict[str, Any]
+    origin: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    tokenizer_files: dict[str, str] = field(default_factory=dict)
     contamination: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     elapsed_seconds: float = 0.0
@@ -89,7 +94,8 @@ class Manifest:
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Raises ShardError unless the shards hold this very tokenizer's ids."""
-        seen = tokenizer_fingerprint(tokenizer)
+        fingerprint = fingerprint_of_format_1 if self.format_version == 1 else tokenizer_fingerprint
+        seen = fingerprint(tokenizer)
         if seen != self.tokenizer_fingerprint:
             raise ShardError(
                 f"The shards were made with the tokenizer {self.tokenizer!r} ({self.vocab_size:,} words, "
@@ -119,9 +125,14 @@ def read_manifest(shard_dir: str | os.PathLike[str]) -> Manifest:
     try:
         fields = json.loads(content)
         version = fields["format_version"]
-        if version != FORMAT_VERSION:
+        if version not in range(1, FORMAT_VERSION + 1):
             raise ShardError(
-                f"{path} is of format version {version}; this code reads version {FORMAT_VERSION}."
+                f"{path} is of format version {version}; this code reads versions 1 to {FORMAT_VERSION}."
+            )
+        if version > 1 and fields.pop("checksum") != _checksum(fields):
+            raise ShardError(
+                f"{path} was changed after it was written: its checksum is another. Put the original back, "
+                "or prepare the text again."
             )
         shards = tuple(ShardEntry(**entry) for entry in fields.pop("shards"))
         return Manifest(**fields, shards=shards, sha256=hashlib.sha256(content).hexdigest())
@@ -137,9 +148,15 @@ def write_manifest(shard_dir: Path, manifest: Manifest) -> Manifest:
     """Write `manifest.json` so that it is either whole or absent; returns the manifest with its `sha256`."""
     fields = asdict(manifest)
     del fields["sha256"]
+    fields["checksum"] = _checksum(fields)
     content = (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
     write_atomically(Path(shard_dir) / MANIFEST_FILE, content)
     return read_manifest(shard_dir)
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    """SHA-256 (hex) of a manifest's fields, however the file is laid out."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def write_shard(path: Path, split: str, ids: np.ndarray, offsets: np.ndarray) -> ShardEntry:
@@ -155,10 +172,9 @@ def write_shard(path: Path, split: str, ids: np.ndarray, offsets: np.ndarray) ->
         hashing = _HashingFile(file)
         with pa.ipc.new_stream(pa.PythonFile(hashing, mode="w"), batch.schema) as writer:
             writer.write_batch(batch)
-        file.flush()
-        os.fsync(file.fileno())
+        flush(file)
         size = file.tell()
-    commit_file(temporary, path)
+    commit(temporary, path)
     return ShardEntry(split, path.name, size, hashing.digest.hexdigest(), len(offsets) - 1, len(ids))
 
 
@@ -197,7 +213,8 @@ def open_shard(path: Path) -> pa.ListArray:
     try:
         stream = pa.ipc.open_stream(pa.memory_map(os.fspath(path)))
         column = stream.read_next_batch().column(COLUMN)
-    except (OSError, StopIteration, KeyError, pa.ArrowInvalid) as error:
+        column.validate()  # a length that the file gives, past its end, would be a SIGBUS on reading
+    except (OSError, StopIteration, KeyError, pa.ArrowException) as error:
         raise ShardError(
             f"{path} is not a readable token shard ({error}). Prepare the text again."
         ) from error
@@ -303,6 +320,12 @@ class TokenBlocks(Dataset):
         self._starts = [0, *np.cumsum(tokens).tolist()]  # of each shard, in tokens of the stream
         self._values: list[np.ndarray | None] = [None] * len(self._entries)
         self._dtype = np.dtype(self.manifest.dtype)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer beside the shards. Raises ValueError if there is none, or the ids are another's."""
+        tokenizer = load_tokenizer(self.shard_dir / TOKENIZER_FOLDER)
+        self.manifest.check_tokenizer(tokenizer)
+        return tokenizer
 
     def __len__(self) -> int:
         return self.total_tokens // self.block_size

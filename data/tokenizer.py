@@ -13,6 +13,7 @@ import socket
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -46,7 +47,10 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerF
     """
     name = os.fspath(name_or_path)
     if Path(name).is_file():
-        return PreTrainedTokenizerFast(tokenizer_file=name, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+        try:
+            return PreTrainedTokenizerFast(tokenizer_file=name, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+        except Exception as error:  # what tokenizers raises has no class of its own
+            raise ValueError(f"{name!r} is no tokenizer.json that loads ({error}).") from error
     if name in ("gpt2", GPT2_HUB_ID):
         try:
             local = not _hub_is_reachable()
@@ -60,7 +64,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerF
             return gpt2_tokenizer()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what tokenizers raises has no class of its own
         raise ValueError(
             f"No tokenizer at {name!r}: neither a folder with tokenizer.json nor a Hub id that loads "
             f"({error})."
@@ -115,20 +119,60 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 (hex) of vocabulary, merges and special tokens: what decides the ids, however the files are
-    laid out.
+    """SHA-256 (hex) of all that decides a text's ids: vocabulary, merges, added tokens, normalizer,
+    pre-tokenizer, the model's options; however the files are laid out.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    merges = [
-        tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in backend["model"].get("merges", [])
-    ]
+    model = backend["model"]
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    # A word that is not special is matched in the text before the model sees it, by its flags.
+    flags = ("content", "single_word", "lstrip", "rstrip", "normalized")
     content = {
+        **_vocabulary_and_merges(tokenizer),
+        "words": sorted(
+            (index, *(getattr(token, flag) for flag in flags))
+            for index, token in added.items()
+            if not token.special
+        ),
+        # A list is a vocabulary with scores, which decide too.
+        "model": _without_defaults(
+            {
+                name: value
+                for name, value in model.items()
+                if name != "merges" and not (name == "vocab" and isinstance(value, dict))
+            }
+        ),
+        "normalizer": _without_defaults(backend["normalizer"]),
+        "pre_tokenizer": _without_defaults(backend["pre_tokenizer"]),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_of_format_1(tokenizer: PreTrainedTokenizerFast) -> str:
+    """What shards of format 1 recorded: it knows neither normalizer nor pre-tokenizer."""
+    return hashlib.sha256(json.dumps(_vocabulary_and_merges(tokenizer)).encode()).hexdigest()
+
+
+def _vocabulary_and_merges(tokenizer: PreTrainedTokenizerFast) -> dict[str, list]:
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    return {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "merges": merges,
+        "merges": [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in merges],
         "special": sorted((index, token.content) for index, token in added.items() if token.special),
     }
-    return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
+
+
+def _without_defaults(part: Any) -> Any:
+    """A part of tokenizer.json without what is null, false or empty: versions of `tokenizers` differ in
+    spelling that out. Without `trim_offsets`, which moves no id.
+    """
+    if isinstance(part, dict):
+        kept = {name: _without_defaults(value) for name, value in part.items() if name != "trim_offsets"}
+        return {name: value for name, value in kept.items() if value not in (None, False, "", [], {})}
+    if isinstance(part, list):
+        return [_without_defaults(item) for item in part]
+    return part
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 
 from data.files import file_sha256
 from data.shards import (
+    MANIFEST_FILE,
     TOKENIZER_FOLDER,
     Manifest,
     ShardEntry,
@@ -17,6 +18,9 @@ from data.shards import (
     read_manifest,
 )
 from data.tokenizer import load_tokenizer
+
+# What a set has beside its own files when it lies on the Hub or came from there.
+OF_THE_HUB = ("README.md", ".gitattributes", ".cache")
 
 
 def verify(shard_dir: Path) -> str:
@@ -36,6 +40,8 @@ def verify(shard_dir: Path) -> str:
         path = shard_dir / entry.file
         if path.exists() and path.stat().st_size == entry.bytes:
             problems += [f"{entry.file}: {problem}." for problem in _shard_problems(path, entry, manifest)]
+    problems += _foreign_files(shard_dir, manifest) + _count_problems(manifest)
+    problems += _tokenizer_file_problems(shard_dir, manifest)
     try:
         manifest.check_tokenizer(load_tokenizer(shard_dir / TOKENIZER_FOLDER))
     except ValueError as error:
@@ -45,21 +51,67 @@ def verify(shard_dir: Path) -> str:
             f"{shard_dir} is not what its manifest says.\n" + "\n".join(f"- {p}" for p in problems)
         )
     size = sum(entry.bytes for entry in manifest.shards)
-    return (
-        f"{shard_dir} is whole: {len(manifest.shards):,} shards of {size:,} bytes with the recorded "
-        "SHA-256 sums, "
-        f"{manifest.documents():,} documents, {manifest.tokens():,} tokens, and their tokenizer."
+    line = (
+        f"{shard_dir} is whole: {len(manifest.shards):,} shards of {size:,} bytes with the recorded SHA-256 "
+        f"sums, {manifest.documents():,} documents, {manifest.tokens():,} tokens, and their tokenizer."
     )
+    if manifest.format_version == 1:
+        line += (
+            f" (Its receipt is of format 1: {MANIFEST_FILE} has no checksum of its own and the tokenizer's "
+            "files no hashes, so a changed normalizer, pre-tokenizer or receipt would not be noticed.)"
+        )
+    return line
+
+
+def _foreign_files(shard_dir: Path, manifest: Manifest) -> list[str]:
+    """What stands in the folder and belongs to no set; `check_files` has named foreign .arrow files."""
+    ours = {MANIFEST_FILE, TOKENIZER_FOLDER, *OF_THE_HUB, *(entry.file for entry in manifest.shards)}
+    names = {path.name for path in shard_dir.iterdir() if path.suffix != ".arrow"}
+    return [f"{name} is not in {MANIFEST_FILE}." for name in sorted(names - ours)]
+
+
+def _count_problems(manifest: Manifest) -> list[str]:
+    read = manifest.counts.get("documents", manifest.documents())
+    dropped = manifest.counts.get("duplicates", 0) + manifest.counts.get("near_duplicates", 0)
+    if read - dropped == manifest.documents():
+        return []
+    return [
+        f"{MANIFEST_FILE}: {read:,} documents were read and {dropped:,} dropped, which leaves "
+        f"{read - dropped:,}; the shards hold {manifest.documents():,}."
+    ]
+
+
+def _tokenizer_file_problems(shard_dir: Path, manifest: Manifest) -> list[str]:
+    if manifest.format_version == 1:
+        return []
+    problems = []
+    folder = shard_dir / TOKENIZER_FOLDER
+    seen = hashes_of_files(folder)
+    for name in sorted(seen.keys() | manifest.tokenizer_files.keys()):
+        before, now = manifest.tokenizer_files.get(name), seen.get(name)
+        if before is None:
+            problems.append(f"{TOKENIZER_FOLDER}/{name} is not in {MANIFEST_FILE}.")
+        elif now is None:
+            problems.append(f"{TOKENIZER_FOLDER}/{name} is missing.")
+        elif now != before:
+            problems.append(f"{TOKENIZER_FOLDER}/{name}: its bytes have changed, the SHA-256 is another.")
+    return problems
+
+
+def hashes_of_files(folder: Path) -> dict[str, str]:
+    """SHA-256 (hex) of every file of a folder, by its name there; of none if there is no such folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
 def _shard_problems(path: Path, entry: ShardEntry, manifest: Manifest) -> list[str]:
-    problems = []
-    if file_sha256(path) != entry.sha256:
-        problems.append("its bytes have changed, the SHA-256 is another")
+    if file_sha256(path) != entry.sha256:  # nothing in it can be relied on, not even its size in memory
+        return ["its bytes have changed, the SHA-256 is another"]
     try:
         column = open_shard(path)
     except ShardError as error:
-        return [*problems, str(error)]
+        return [str(error)]
+    problems = []
     ids = column.values.to_numpy(zero_copy_only=True)
     if len(column) != entry.documents or len(ids) != entry.tokens:
         problems.append(

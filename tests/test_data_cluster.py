@@ -4,11 +4,12 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 
 import pytest
 
-from data.prepare import main
+from data.prepare import TRY_AGAIN_LATER, main
 from data.shards import read_manifest
 from tests.test_data_resilience import hashes, run, tokenizer_folder, write_files
 
@@ -106,9 +107,11 @@ def test_slurm_encodes_and_the_same_command_finishes(tmp_path, tokenizer_folder,
     flags = ("--executor", "slurm", "--slurm_partition", "cpu", "--near_deduplicate")
     arguments = (source, tmp_path / "out", tokenizer_folder, *flags)
     submitted = run(*arguments, env=slurm)
-    assert submitted.returncode == 0, submitted.stderr
+    # `prepare && train` must not go on to the training.
+    assert submitted.returncode == TRY_AGAIN_LATER, submitted.stderr
     assert "was submitted for 2 parts" in submitted.stdout
     at_work = run(*arguments, env=slurm)
+    assert at_work.returncode == TRY_AGAIN_LATER
     assert "is at work: " in at_work.stdout, at_work.stdout + at_work.stderr
     assert not (tmp_path / "out" / "manifest.json").exists()
     _wait_for_empty_queue(slurm)
@@ -134,12 +137,19 @@ def test_a_task_that_fails_on_slurm_is_tried_again_by_the_same_command(tmp_path,
         "slurm",
         "--slurm_partition",
         "cpu",
+        *("--slurm_account", "physics", "--slurm_cpus", "2", "--slurm_memory_gb", "3"),
     )
     assert "submitted for 2 parts" in run(*arguments, env=slurm).stdout
+    script = (tmp_path / "out" / ".work" / "log" / "encoding" / "launch_script.slurm").read_text()
+    for option in ("account=physics", "cpus-per-task=2", "mem-per-cpu=2G"):
+        assert f"#SBATCH --{option}\n" in script
     _wait_for_empty_queue(slurm)
     assert sorted(path.name for path in (tmp_path / "out" / ".work" / "parts").glob("?????")) == ["00000"]
     (source / "1.jsonl").write_bytes(whole)
-    assert "submitted for 1 parts" in run(*arguments, env=slurm).stdout
+    again = run(*arguments, env=slurm).stdout
+    assert "submitted for 1 parts" in again
+    # Once it said no more than that, whatever had become of the job before.
+    assert "has ended; 1 of 2 tasks of encoding failed or never began, such as part 00001 (1.jsonl" in again
     _wait_for_empty_queue(slurm)
     finished = run(*arguments, env=slurm)
     assert finished.returncode == 0, finished.stderr
@@ -162,6 +172,14 @@ def test_slurm_needs_a_partition_and_a_program(tmp_path, tokenizer_folder, capsy
     assert "--slurm_partition" in capsys.readouterr().err
     assert main([*flags, "--executor", "pbs", "--workers", "0"]) == 1
     assert "executor='pbs' is none of local, slurm, ray; workers=0" in capsys.readouterr().err
+
+
+def test_a_missing_ray_is_one_line(tmp_path, tokenizer_folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)  # as where it is not installed
+    source = write_files(tmp_path / "source", files=1, documents=5)
+    flags = ["--source", str(source), "--output", str(tmp_path / "out"), "--tokenizer", tokenizer_folder]
+    assert main([*flags, "--executor", "ray"]) == 1
+    assert capsys.readouterr().err.startswith("error: --executor ray needs Ray")
 
 
 @pytest.mark.slow

@@ -1,31 +1,34 @@
 """Every kind of source gives its documents in order, and says which file is wrong when one is."""
 
 import gzip
+import hashlib
 import json
 import lzma
 import os
 from collections import Counter
+from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zstandard
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data.python_docs import extract, python_documents
-from data.readers import cut_text
 from data.sources import (
     BUNDLED,
     Part,
     SourceError,
     SourceSpec,
+    find_parts,
     list_parts,
+    origin_of,
     read_documents,
     read_part,
     resolved,
 )
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 TEXTS = ["The first room.", "Zweiter Raum: größer.", "第三の部屋"]
 
 
@@ -74,19 +77,6 @@ def test_a_text_file_is_one_document(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(gzip.compress(content.encode()) if suffix.endswith("gz") else content.encode())
     assert texts_of(path) == [content]
-
-
-PARAGRAPHS = st.lists(st.sampled_from(["word ", "\n", "\n\n", "\r\n \r\n", "x" * 9, "é"]), max_size=60)
-
-
-@settings(deadline=None)
-@given(parts=PARAGRAPHS, limit=st.integers(2, 40))
-def test_pieces_of_a_text_join_to_it_and_only_a_long_line_is_longer_than_the_limit(parts, limit):
-    text = "".join(parts)
-    pieces = cut_text(text, limit)
-    assert "".join(pieces) == text
-    assert all(pieces) or pieces == [""]
-    assert all(len(piece) <= limit or "\n" not in piece[:-1] for piece in pieces)
 
 
 def test_a_long_text_file_is_several_documents_that_end_at_blank_lines(tmp_path):
@@ -256,6 +246,21 @@ S
 """
 
 
+def test_compressed_rooms_are_rooms_too(tmp_path):
+    """They were passed over without a word: the ending was understood, the content was not unpacked."""
+    (tmp_path / "30.wld.gz").write_bytes(gzip.compress(WORLD.encode()))
+    (tmp_path / "crypt.are.zst").write_bytes(zstandard.compress(AREA.encode()))
+    (tmp_path / "x.wld.xz").write_bytes(lzma.compress(WORLD.encode()))
+    assert [text.partition("\n")[0] for text in texts_of(tmp_path)] == [
+        "The Temple Of Midgaard",
+        "The Crypt",
+        "The Temple Of Midgaard",
+    ]
+    os.truncate(tmp_path / "30.wld.gz", 100)
+    with pytest.raises(SourceError, match=r"30\.wld\.gz cannot be read to its end"):
+        texts_of(tmp_path)
+
+
 def test_rooms_of_mud_worlds_are_documents_without_colour_codes(tmp_path):
     (tmp_path / "30.wld").write_bytes(WORLD.encode())
     (tmp_path / "crypt.are").write_bytes(AREA.replace("Cold", "Café-cold").encode("latin-1"))
@@ -267,6 +272,49 @@ def test_rooms_of_mud_worlds_are_documents_without_colour_codes(tmp_path):
         "ancient wall paintings.\n\nLarge steps lead down through the grand temple gate, R&B inside.\n"
     )
     assert crypt == "The Crypt\n\nCafé-cold air seeps from between the stones of this low and narrow crypt.\n"
+
+
+# ---- folders that hold other things too
+
+
+def test_what_is_left_unread_is_said(tmp_path, capsys):
+    for name in ("a.txt", "b.png", "c.csv", "LICENSE"):
+        (tmp_path / name).write_text("text")
+    assert texts_of(tmp_path) == ["text"]
+    assert "Left unread in" in (said := capsys.readouterr().out)
+    assert "3 files that end in (none), .csv, .png" in said
+    assert texts_of(tmp_path / "*.txt") == ["text"]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("beside", ["a.jsonl", ".gitattributes"])
+def test_the_card_of_a_cloned_dataset_is_no_document(tmp_path, capsys, beside):
+    (tmp_path / "README.md").write_text("---\nlicense: cc0-1.0\n---\n# A dataset\n")
+    (tmp_path / beside).write_bytes(jsonl())
+    (tmp_path / "b.txt").write_text("a text")
+    assert texts_of(tmp_path) == [*(TEXTS if beside == "a.jsonl" else []), "a text"]
+    assert "README.md" in capsys.readouterr().out
+    assert texts_of(tmp_path / "README.md")[0].startswith("---")  # asked for by name it is read
+    (tmp_path / beside).unlink()
+    assert len(texts_of(tmp_path)) == 2  # and beside texts alone it is one of them
+
+
+def test_what_save_to_disk_wrote_is_read(tmp_path):
+    """Its dataset_info.json was taken for lines of JSON, and the command ended there."""
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "saved"))
+    assert texts_of(tmp_path / "saved") == TEXTS
+
+
+def test_the_receipt_knows_the_files_by_names_that_hold_on_any_machine(tmp_path):
+    origins = []
+    for folder in ("here", "there"):
+        (tmp_path / folder / "sub").mkdir(parents=True)
+        for name in ("a.txt", "sub/b.txt"):
+            (tmp_path / folder / name).write_text(name)
+        spec, parts = find_parts(SourceSpec(str(tmp_path / folder)))
+        origins.append(origin_of(spec, parts))
+    digest = hashlib.sha256(b"a.txt\nsub/b.txt").hexdigest()
+    assert origins == [{"files": 2, "bytes": 14, "files_sha256": digest}] * 2
 
 
 # ---- bad input

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data.encoder import (
@@ -24,6 +24,7 @@ from data.encoder import (
     split_long,
 )
 from data.tokenizer import (
+    fingerprint_of_format_1,
     gpt2_tokenizer,
     load_tokenizer,
     token_byte_lengths,
@@ -204,6 +205,81 @@ def test_the_fingerprint_survives_saving_and_depends_on_merges(tmp_path, small, 
     assert tokenizer_fingerprint(small) != tokenizer_fingerprint(gpt2)
 
 
+def changed(tokenizer, **parts):
+    """The same vocabulary and merges in a tokenizer that does something else to a text before."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    for name, part in parts.items():
+        setattr(backend, name, part)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+
+
+def test_the_fingerprint_knows_all_that_decides_ids(small):
+    """It knew vocabulary, merges and special tokens alone: text in lower case passed for the same."""
+    ids = small("A Door 12").input_ids
+    with_words, of_another_flag = changed(small), changed(small)
+    with_words.add_tokens(["Door"])
+    of_another_flag.add_tokens([AddedToken("Door", lstrip=True)])
+    with_dropout = changed(small)
+    with_dropout.backend_tokenizer.model.dropout = 0.5
+    others = [
+        changed(small, normalizer=normalizers.Lowercase()),
+        changed(small, pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        changed(small, pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)),
+        with_words,
+        of_another_flag,
+        with_dropout,
+    ]
+    fingerprints = {tokenizer_fingerprint(tokenizer) for tokenizer in [small, *others]}
+    assert len(fingerprints) == 1 + len(others)
+    same = changed(
+        small, decoder=decoders.ByteLevel(), post_processor=processors.ByteLevel(trim_offsets=False)
+    )
+    same.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, trim_offsets=False
+    )
+    assert same("A Door 12").input_ids == ids
+    assert tokenizer_fingerprint(same) == tokenizer_fingerprint(small)
+
+
+def test_gpt2_has_one_fingerprint_from_the_package_and_in_the_hubs_spelling(tmp_path, gpt2):
+    """The Hub's file spells defaults out in another way, writes merges as lines, and knows no `use_regex`."""
+    model = json.loads(gpt2.backend_tokenizer.to_str())["model"]
+    end = {"id": 50256, "special": True, "content": "<|endoftext|>", "single_word": False, "lstrip": False}
+    hub = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{**end, "rstrip": False, "normalized": True}],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+        "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
+        "model": {
+            "dropout": None,
+            "unk_token": None,
+            "fuse_unk": False,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "vocab": {**model["vocab"], "<|endoftext|>": 50256},
+            "merges": [" ".join(pair) for pair in model["merges"]],
+        },
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(hub))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert tokenizer_fingerprint(load_tokenizer(tmp_path)) == tokenizer_fingerprint(gpt2)
+
+
+def test_fingerprints_are_those_that_finished_shards_have_recorded():
+    """Whoever changes them makes every set of shards one of another tokenizer."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*alphabet, "th", "the"])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("t", "h"), ("th", "e")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    assert tokenizer_fingerprint(tokenizer).startswith("c06703da3590118a")
+    assert fingerprint_of_format_1(tokenizer).startswith("7c241aa690605862")
+
+
 @pytest.mark.parametrize("text", [text for text in PROBE_TEXTS if "<|" not in text])
 def test_byte_lengths_add_up_to_the_bytes_of_the_text(small, gpt2, text):
     for tokenizer in (small, gpt2):
@@ -230,14 +306,7 @@ def test_byte_lengths_are_refused_where_ids_have_no_bytes():
 
 def test_a_tokenizer_that_gigatoken_does_not_know_works_slowly_and_says_why(small):
     """Dropout, added words, blanks put in front and no cut at all are what it would take without a word."""
-
-    def changed(**parts):
-        backend = Tokenizer.from_str(small.backend_tokenizer.to_str())
-        for name, part in parts.items():
-            setattr(backend, name, part)
-        return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
-
-    with_words, with_dropout = changed(), changed()
+    with_words, with_dropout = changed(small), changed(small)
     with_words.add_tokens(["A"])
     with_dropout.backend_tokenizer.model.dropout = 1e-9
     own_cuts = [
@@ -246,12 +315,14 @@ def test_a_tokenizer_that_gigatoken_does_not_know_works_slowly_and_says_why(smal
     ]
     cases = {
         "another way (Whitespace)": whole_words(),
-        "Lowercase": changed(normalizer=normalizers.Lowercase()),
+        "Lowercase": changed(small, normalizer=normalizers.Lowercase()),
         "added words": with_words,
         "dropout": with_dropout,
-        "another way (ByteLevel)": changed(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
-        "another way (none)": changed(pre_tokenizer=None),
-        "no fast pretokenizer": changed(pre_tokenizer=pre_tokenizers.Sequence(own_cuts)),
+        "another way (ByteLevel)": changed(
+            small, pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)
+        ),
+        "another way (none)": changed(small, pre_tokenizer=None),
+        "no fast pretokenizer": changed(small, pre_tokenizer=pre_tokenizers.Sequence(own_cuts)),
     }
     for reason, tokenizer in cases.items():
         encoder = FastEncoder(tokenizer)
@@ -259,6 +330,26 @@ def test_a_tokenizer_that_gigatoken_does_not_know_works_slowly_and_says_why(smal
         assert reason in encoder.why_slow
         (ids,) = encoder.encode_batch(["a b A"])
         assert ids.tolist() == tokenizer("a b A", add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_panic_of_gigatokens_rust_is_a_reason_for_the_slow_encoder(small, monkeypatch, checked):
+    """It is no Exception. An encoder that another process had checked met the probes in `verify`, which let
+    it through.
+    """
+
+    class PanicException(BaseException):
+        pass
+
+    class Panicking:
+        def encode(self, text):
+            raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(gigatoken.Tokenizer, "from_json", lambda content: Panicking(), raising=True)
+    encoder = FastEncoder(small, checked=checked)
+    encoder.verify(["a text of the source"])
+    assert encoder.why_slow == "index out of bounds"
+    assert encoder.encode_batch(["a text"])[0].tolist() == small("a text").input_ids
 
 
 def large_tokenizer():
@@ -283,6 +374,12 @@ def test_ids_of_a_large_vocabulary_are_uint32():
     assert ids.tolist() == reference_ids(tokenizer, "zz top")
 
 
-def test_an_unknown_tokenizer_is_named(tmp_path):
+def test_an_unknown_or_damaged_tokenizer_is_named(tmp_path):
+    """What tokenizers raises for a damaged file is a plain Exception: it came out as a traceback."""
     with pytest.raises(ValueError, match="No tokenizer at"):
         load_tokenizer(str(tmp_path / "nothing"))
+    (tmp_path / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match=r"tokenizer\.json' is no tokenizer\.json that loads"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match="No tokenizer at"):
+        load_tokenizer(tmp_path)

@@ -1,6 +1,7 @@
 """The house stays small and its stairs go one way: import directions, file sizes, a true README tree."""
 
 import ast
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -75,18 +76,45 @@ def test_the_model_package_is_all_that_pip_installs():
     assert 'packages = ["modeling_gpt_scratch"]' in settings
 
 
-def test_the_readmes_tree_names_every_file_that_a_reader_would_look_for():
+def the_readmes_tree():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     tree = re.search(r"## The house\n.*?```\n(.*?)```", readme, re.DOTALL)
     assert tree, "README.md has no tree under '## The house'"
-    named = set(re.findall(r"[\w./-]+", tree.group(1)))
+    return tree.group(1)
+
+
+def entries_of_the_readmes_tree():
+    """(path, what is said of it) of every file and folder that the tree has a line, or a part of one, for."""
+    folders: list[str] = []  # in which the line stands
+    for line in the_readmes_tree().splitlines():
+        branch = re.fullmatch(r"((?:│   |    )*)[├└]── (.*)", line)
+        if not branch:  # the root, or a line that goes on
+            continue
+        depth = len(branch[1]) // 4
+        # Names stand apart from one another and from what is said of them by two blanks or more.
+        words = re.split(r" {2,}", branch[2])
+        names = list(itertools.takewhile(lambda word: re.fullmatch(r"[\w./-]+(/|\.\w+)", word), words))
+        for name in names:
+            yield "".join([*folders[:depth], name]), " ".join(words[len(names) :])
+        folders[depth:] = names[:1]
+
+
+def test_the_readmes_tree_names_every_file_that_a_reader_would_look_for():
+    """By its path: of two files called settings.py, either could go unnamed."""
+    entries = dict(entries_of_the_readmes_tree())
     for path in SOURCES:
-        name = Path(path).name
-        assert name == "__init__.py" or name in named, f"{path} is missing from the README's tree"
-    on_disk = {Path(name).name for name in tracked_files()}
-    for name in named:
-        if re.fullmatch(r"[\w-]+\.(py|yaml|md|toml)", name):
-            assert name in on_disk, f"the README's tree names {name}, which is not there"
+        folder, _, name = path.rpartition("/")
+        in_the_folders_line = name in entries.get(f"{folder}/", "") or name == f"{Path(folder).name}.py"
+        assert (
+            name == "__init__.py" or path in entries or (f"{folder}/" in entries and in_the_folders_line)
+        ), f"{path} is missing from the README's tree"
+    on_disk = set(tracked_files())
+    on_disk |= {f"{parent}/" for path in on_disk for parent in map(str, Path(path).parents)}
+    for path in entries.keys() - {"artifacts/"}:
+        assert path in on_disk, f"the README's tree names {path}, which is not there"
+    names = {Path(path).name for path in on_disk}
+    for name in re.findall(r"[\w-]+\.(?:py|yaml|md|toml)\b", the_readmes_tree()):  # what is said of them, too
+        assert name in names, f"the README's tree names {name}, which is not there"
 
 
 def test_links_between_our_documents_lead_somewhere():

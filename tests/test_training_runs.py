@@ -1,5 +1,6 @@
 """Whole runs of a toy model: in this process where one is enough, else through `accelerate launch`."""
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -37,7 +38,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_accelerate
 from data.loader import collate_blocks, permuted
-from data.shards import TokenBlocks
+from data.shards import TokenBlocks, read_manifest, write_manifest
+from data.tokenizer import gpt2_tokenizer, load_tokenizer, tokenizer_fingerprint
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
 from training.checkpoint import TrainState, complete_checkpoints, latest_checkpoint
 from training.export import export_model
@@ -514,10 +516,23 @@ def test_a_tokenizer_that_is_not_byte_level_trains_without_bits_per_byte(shards,
     vocabulary["\u2581" + longest] = vocabulary.pop(longest)
     other = shutil.copytree(shards, tmp_path / "shards")
     (other / "tokenizer" / "tokenizer.json").write_text(json.dumps(content))
+    fingerprint = tokenizer_fingerprint(load_tokenizer(other / "tokenizer"))
+    write_manifest(other, dataclasses.replace(read_manifest(other), tokenizer_fingerprint=fingerprint))
     train_here(shards=other, run_dir=tmp_path / "run", max_steps=1, warmup_steps=0)
     assert "leaves out bits per byte" in capsys.readouterr().out
     validation = metrics_of(tmp_path / "run")[-1]
     assert validation["bits_per_byte"] is None and validation["validation_loss"] > 0
+
+
+def test_shards_beside_the_tokenizer_of_others_are_refused(shards, tmp_path, capsys):
+    """A model of 50,304 words learnt the ids of 300: sizes alone were checked, and those are the shards'."""
+    other = shutil.copytree(shards, tmp_path / "shards")
+    shutil.rmtree(other / "tokenizer")
+    gpt2_tokenizer().save_pretrained(other / "tokenizer")
+    with pytest.raises(SystemExit):
+        train_here(shards=other, run_dir=tmp_path / "run", max_steps=1, warmup_steps=0)
+    assert "this one has 50,257 words" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_files_of_an_export_are_readable_and_its_folders_can_be_entered(finished, tmp_path):
