@@ -1,4 +1,4 @@
-"""Settings that every test shares: no network, nothing of the user's, few threads, one device, no deadlines."""
+"""Settings of every test: no network, nothing of the user's, few threads, one device, no deadlines."""
 
 import atexit
 import os
