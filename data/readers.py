@@ -146,7 +146,8 @@ def _may_pass(error: Exception) -> bool:
     return not (isinstance(status, int) and 400 <= status < 500 and status not in (408, 429))
 
 
-def _decompressed(file: BinaryIO, path: str) -> BinaryIO:
+def decompressed(file: BinaryIO, path: str) -> BinaryIO:
+    """What a stored file's bytes stand for, by its name; damaged ones raise one of DAMAGED when read."""
     extension = os.path.splitext(path.lower())[1]
     if extension == ".gz":
         return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
@@ -202,7 +203,7 @@ DAMAGED = (EOFError, OSError, lzma.LZMAError, zlib.error, zstandard.ZstdError)
 
 def _read_text(path: str, column: str, counts: Counter[str]) -> Iterator[tuple[str, str]]:
     try:
-        with open_file(path) as stored, _decompressed(stored, path) as file:
+        with open_file(path) as stored, decompressed(stored, path) as file:
             content = file.read()
             counts["bytes"] += stored.tell()
     except DAMAGED as error:
@@ -234,7 +235,7 @@ def cut_text(text: str, limit: int = PIECE_OF_TEXT_CHARACTERS) -> list[str]:
 
 def _read_jsonl(path: str, column: str, counts: Counter[str]) -> Iterator[tuple[str | None, str]]:
     try:
-        with open_file(path) as stored, _decompressed(stored, path) as file:
+        with open_file(path) as stored, decompressed(stored, path) as file:
             reported = 0
             for number, line in enumerate(file, start=1):
                 if number % LINES_A_REPORT == 0:
