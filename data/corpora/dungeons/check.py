@@ -57,9 +57,9 @@ QUOTED = re.compile(r"[\"“][^\"”]*[\"”]|\*[^*]+\*")
 
 
 def stem(word: str) -> str:
-    """Plural and verb endings off."""
+    """Plural and verb endings off, and a last e, which they replace."""
     word = word.replace("'s", "").strip("'")
-    for ending in ("ing", "ied", "ies", "ed", "es", "s", "y"):
+    for ending in ("ing", "ied", "ies", "ed", "es", "s", "y", "e"):
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             return word[: -len(ending)]
     return word
