@@ -100,11 +100,7 @@ def export_model(
             if path.is_file():
                 path.chmod(0o644)
         flush_tree(temporary)
-        if out_dir.exists():
-            number = 1
-            while (previous := out_dir.with_name(f"{out_dir.name}-previous-{number}")).exists():
-                number += 1
-            out_dir.rename(previous)
+        set_aside(out_dir)
         temporary.rename(out_dir)
         flush_folder(out_dir.parent)
     except Exception as error:
@@ -114,6 +110,15 @@ def export_model(
         if cause is None:
             raise
         raise SettingsError(explain_write_error(cause, "The export", out_dir)) from error
+
+
+def set_aside(folder: Path) -> None:
+    """Rename `folder`, if it is there, to its name with `-previous-` and the first number that is free."""
+    if folder.exists():
+        number = 1
+        while (previous := folder.with_name(f"{folder.name}-previous-{number}")).exists():
+            number += 1
+        folder.rename(previous)
 
 
 def ready_for_batches(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
