@@ -15,16 +15,15 @@ from transformers import AutoModelForCausalLM
 
 from data.dungeon_files import read_splits
 from data.dungeons import Dungeon, DungeonBlocks, check_dungeons, collate_dungeons
-from data.general_text import general_texts, shards_beside
+from data.general_text import general_texts, source_beside
 from data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from evaluation.forgetting import as_table, measure_both
 from modeling_gpt_scratch import GPTScratchForCausalLM
 from train_accelerate import plan_or_run, publisher_of, train
-from training.adapters import BASE_FOLDER, attach_lora, is_adapter, with_adapter
-from training.base import context_of, load_base, will_be_converted, writing_config
+from training.adapters import attach_lora, finish_lora, is_adapter, with_adapter
+from training.base import context_of, load_base, writing_config
 from training.device import as_script, start_processes
-from training.distillation import build_distillation
-from training.export import export_model
+from training.distillation import build_distillation, load_teacher
 from training.finetuning import FinetuneSettings
 from training.objective import without_cache
 from training.packing import keeps_texts_apart
@@ -41,19 +40,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         publisher = publisher_of(settings)
         with for_the_owner(ValueError, OSError, TypeError):
             model, tokenizer = base_of(settings), load_tokenizer(settings.model)
-            rooms = read_rooms(settings, model, tokenizer)
-            train_set, eval_set = build_blocks(settings, model, tokenizer, rooms)
-            source = settings.general_data or shards_beside(settings.model)
-            texts = general_texts(source, settings.general_bytes) if source else []
+            teacher = read_teacher(settings, tokenizer)
+            readers = [model] if teacher is None else [model, teacher]
+            context = min(context_of(reader, settings.block_size) for reader in readers)
+            rooms = read_rooms(settings, tokenizer, min(context, settings.block_size))
+            train_set, eval_set = build_blocks(settings, readers, tokenizer, rooms, context)
+            source = settings.general_data or source_beside(settings.model)
+            texts = general_texts(source, settings.general_bytes)
+            say(f"Forgetting is measured by {source}.")
             model.generation_config = writing_config(settings, model, tokenizer, train_set.longest_target)
-            objective = build_objective(settings, model, tokenizer)
+            objective: Any = without_cache
+            if teacher is not None:
+                objective = build_distillation(settings, model, teacher, len(tokenizer))
             if settings.method == "lora":
                 model = attach_lora(settings, model)
         run = partial(train, tokenizer=tokenizer, train_set=train_set, eval_set=eval_set, objective=objective)
         plan_or_run(settings, lambda: model, partial(run, collate=collate_dungeons), script=__file__)
         start_processes().wait_for_everyone()  # the main one exports
         if not settings.plan and Path(settings.run_dir, "export").exists():  # not stopped before its end
-            finish_export(settings, tokenizer, model.generation_config)
+            if settings.method == "lora":
+                finish_lora(settings, base_of, tokenizer, model.generation_config, say)
             report(settings, tokenizer, rooms["validation"], texts)
         publisher.finish()
 
@@ -63,63 +69,54 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def read_rooms(settings: FinetuneSettings, model: Any, tokenizer: Any) -> dict[str, list[Dungeon]]:
-    """Rooms by split, those that fit the base's context."""
+def read_rooms(settings: FinetuneSettings, tokenizer: Any, context: int) -> dict[str, list[Dungeon]]:
+    """Rooms by split, those that fit a context of so many tokens."""
     found = read_splits(settings.data, settings.column_names())
-    limit = min(settings.block_size, context_of(model, settings.block_size))
     fits = partial(
-        check_dungeons, tokenizer=tokenizer, context=limit, drop_too_long=settings.drop_too_long, say=say
+        check_dungeons, tokenizer=tokenizer, context=context, drop_too_long=settings.drop_too_long, say=say
     )
     return {split: fits(dungeons, split=split) for split, dungeons in found.items()}
 
 
 def build_blocks(
-    settings: FinetuneSettings, model: Any, tokenizer: Any, rooms: Mapping[str, list[Dungeon]]
+    settings: FinetuneSettings,
+    readers: list[Any],
+    tokenizer: Any,
+    rooms: Mapping[str, list[Dungeon]],
+    context: int,
 ) -> tuple[DungeonBlocks, DungeonBlocks]:
-    """Rows to train on, with fields left out at random, and to validate on, with all of them."""
-    context = context_of(model, settings.block_size)
+    """Rows to train on, with fields left out at random, and to validate on, with all of them.
+
+    `readers` are the models that will read the rows; `context` is the shortest of theirs.
+    """
 
     def build(split: str, chance: float, packs: bool) -> DungeonBlocks:
         sizes: dict[str, int] = {"block_size": settings.block_size, "context": context, "seed": settings.seed}
         return DungeonBlocks(rooms[split], tokenizer, field_dropout=chance, packs=packs, **sizes)
 
     train_set = build("train", settings.field_dropout, settings.packing != "no")
-    if train_set.packs and not keeps_texts_apart(model, train_set.fullest()):
-        if settings.packing == "yes":
-            raise SettingsError(f"--packing yes: a {type(model).__name__} reads one packed room in the next")
-        say(f"A {type(model).__name__} would read one packed room in the next: each gets a row of its own.")
-        train_set = build("train", settings.field_dropout, False)
+    for reader in readers:
+        if train_set.packs and not keeps_texts_apart(reader, train_set.fullest()):
+            would = f"{type(reader).__name__} would read one packed room in the next"
+            if settings.packing == "yes":
+                raise SettingsError(f"--packing yes: a {would}; leave it to --packing auto")
+            say(f"A {would}: each gets a row of its own.")
+            train_set = build("train", settings.field_dropout, False)
     say(f"{len(rooms['train']):,} rooms in {len(train_set):,} rows; {train_set.targets:,} tokens to learn.")
     return train_set, build("validation", 0.0, train_set.packs)
 
 
-def build_objective(settings: FinetuneSettings, model: Any, tokenizer: Any) -> Any:
-    """The loop's usual objective, or with a teacher's part in it."""
+def read_teacher(settings: FinetuneSettings, tokenizer: Any) -> Any:
+    """The teacher of --method distill, which must have the base's vocabulary; with other methods None."""
     if settings.method != "distill":
-        return without_cache
+        return None
     if tokenizer_fingerprint(load_tokenizer(settings.teacher)) != tokenizer_fingerprint(tokenizer):
         raise SettingsError(
             f"--teacher {settings.teacher} has another vocabulary than {settings.model}, so probabilities "
             "cannot be compared word by word. Let it write instead, and train on its texts: `python -m "
             "data.synthesize --output more.jsonl …`, then `finetune.py --data dungeons more.jsonl`."
         )
-    return build_distillation(settings, model, len(tokenizer))
-
-
-def finish_export(settings: FinetuneSettings, tokenizer: Any, generation_config: Any) -> None:
-    """With LoRA: the converted base beside its adapter, and the two in one if asked for."""
-    accelerator, run_dir = Accelerator(), Path(settings.run_dir)
-    export = run_dir / "export"
-    if settings.method == "lora" and will_be_converted(settings) and not (run_dir / BASE_FOLDER).exists():
-        export_model(accelerator, base_of(settings), tokenizer, run_dir / BASE_FOLDER)
-    if settings.merge and is_adapter(export):
-        merged = with_adapter(base_of(settings), export, merge=True)
-        merged.generation_config = generation_config
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            export.rename(run_dir / "adapter")
-        export_model(accelerator, merged, tokenizer, export)
-    accelerator.wait_for_everyone()
+    return load_teacher(settings)
 
 
 def report(settings: FinetuneSettings, tokenizer: Any, rooms: list[Dungeon], texts: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Where rooms come from: the bundled dataset, JSON lines with any column names, text files, MUD worlds."""
+"""Where rooms come from: the bundled dataset, rows with any column names, text files, MUD worlds."""
 
 from __future__ import annotations
 
@@ -9,14 +9,28 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet
+
 from data.dungeons import FIELDS, Dungeon
-from data.readers import kind_of
-from data.sources import BUNDLED, HUB_PREFIX, SourceSpec, read_documents
+from data.readers import DAMAGED, decompressed, kind_of
+from data.remote import open_file
+from data.sources import (
+    BUNDLED,
+    HUB_PREFIX,
+    NAMED_SOURCES,
+    PYTHON_DOCS,
+    SourceSpec,
+    list_parts,
+    read_documents,
+)
 
 BUNDLED_DUNGEONS = BUNDLED / "dungeons"
 SPLITS = ("train", "validation")
 # Of a source without a validation split, one room in so many is held out.
 HELD_OUT_ONE_IN = 10
+TABLE_KINDS = (".parquet", ".arrow")
+ROW_KINDS = (".jsonl", ".ndjson", ".json", *TABLE_KINDS)
 MUD_KINDS = (".wld", ".are")
 TEXT_KINDS = (".txt", ".md", ".rst")
 
@@ -24,15 +38,27 @@ TEXT_KINDS = (".txt", ".md", ".rst")
 def read_splits(sources: Sequence[str], columns: Mapping[str, str]) -> dict[str, list[Dungeon]]:
     """Rooms of all sources, by split.
 
-    A source is "dungeons" (the bundled set), a folder with `train.jsonl` and `validation.jsonl`, a dataset on
-    the Hub (`hub:OWNER/NAME`), or anything that `data.sources` reads. If any source has a validation split,
-    those are the validation; otherwise one room in HELD_OUT_ONE_IN is, chosen by its text. `columns` maps our
-    names to those of the source, as {"description": "text"}.
+    A source is "dungeons" (the bundled set), a folder with files of rows named for `train` and `validation`,
+    a dataset on the Hub (`hub:OWNER/NAME`), or anything that `data.sources` reads. Rows are JSON lines,
+    compressed or not, Parquet or Arrow. If any source has a validation split, those are the validation;
+    otherwise one room in HELD_OUT_ONE_IN is, chosen by its text. `columns` maps our names to those of the
+    sources, as {"description": "text"}; where a source lacks the column, our own name is looked for.
 
     Raises:
-        ValueError: naming the file and the line that is not what it should be, or the split that is empty.
+        ValueError: naming the file and the line that is not what it should be, the split that is empty, or
+            what in `columns` is no name of ours or of any source.
     """
-    found = {source: _read_source(source, columns) for source in sources}
+    if unknown := sorted(set(columns) - {"description", *FIELDS}):
+        raise ValueError(
+            f"--columns {' '.join(unknown)}: no field is called so; ours are description, {', '.join(FIELDS)}"
+        )
+    seen: set[str] = set()  # columns of any source
+    found = {source: _read_source(source, columns, seen) for source in sources}
+    if missing := [f"{ours}={theirs}" for ours, theirs in columns.items() if theirs not in seen]:
+        there = ", ".join(map(repr, sorted(seen))) or "none"
+        raise ValueError(
+            f"--columns {' '.join(missing)}: no such column in {', '.join(sources)}; there are {there}"
+        )
     have_own = any("validation" in splits for splits in found.values())
     together: dict[str, list[Dungeon]] = {split: [] for split in SPLITS}
     for splits in found.values():
@@ -48,65 +74,109 @@ def read_splits(sources: Sequence[str], columns: Mapping[str, str]) -> dict[str,
     return together
 
 
-def _read_source(source: str, columns: Mapping[str, str]) -> dict[str, list[Dungeon]]:
-    path = BUNDLED_DUNGEONS if source == "dungeons" else Path(source)
-    if (path / "train.jsonl").is_file():
-        files = {split: path / f"{split}.jsonl" for split in SPLITS}
-        return {split: read_json_lines(file, columns) for split, file in files.items() if file.is_file()}
+def _read_source(source: str, columns: Mapping[str, str], seen: set[str]) -> dict[str, list[Dungeon]]:
+    """Rooms by split. Names of columns are added to `seen`."""
+    folder = BUNDLED_DUNGEONS if source == "dungeons" else Path(source)
+    by_split = {split: _files_of(split, folder) for split in SPLITS}
+    if by_split["train"]:
+        return {
+            split: [room for file in files for room in _read_rows(str(file), columns, seen)]
+            for split, files in by_split.items()
+            if files
+        }
     if source.startswith(HUB_PREFIX):
-        import datasets  # heavy, and only this source needs it
-
-        try:
-            everything = datasets.load_dataset(source.removeprefix(HUB_PREFIX))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"cannot open the Hub dataset {source.removeprefix(HUB_PREFIX)!r}: {error}"
-            ) from error
-        found = {}
-        for split in SPLITS:
-            if split in everything:
-                rows = ((f"{source}, {split} {n}", row) for n, row in enumerate(everything[split]))
-                found[split] = list(_rows_to_dungeons(rows, columns, source))
-        return found
-    if (
-        path.is_file()
-        and kind_of(source) in (".jsonl", ".json")
-        and path.suffix.lower() in (".jsonl", ".json")
-    ):
-        return {"train": read_json_lines(path, columns)}
-    return {"train": list(_read_texts(source, columns))}
+        return _read_hub(source, columns, seen)
+    if source in (PYTHON_DOCS, *NAMED_SOURCES):
+        return {"train": list(_read_texts(source))}
+    files = [file for part in list_parts(SourceSpec(source)) for file in part.paths]
+    have_rows = any(kind_of(file) in ROW_KINDS for file in files)
+    rooms: list[Dungeon] = []
+    for file in files:
+        if kind_of(file) in ROW_KINDS:
+            rooms += _read_rows(file, columns, seen)
+        elif not (have_rows and Path(file).stem.lower() == "readme"):  # the rows' card is no room
+            rooms += _read_texts(file)
+    return {"train": rooms}
 
 
-def read_json_lines(path: Path, columns: Mapping[str, str] | None = None) -> list[Dungeon]:
-    """Rooms of a file with one JSON object a line; `columns` as in `read_splits`.
+def _files_of(split: str, folder: Path) -> list[Path]:
+    """Files of rows that are named for a split, as `train.jsonl.gz` or `train-00000-of-00002.parquet`."""
+    named = [*folder.glob(f"{split}.*"), *folder.glob(f"{split}-*")] if folder.is_dir() else []
+    return sorted(file for file in named if kind_of(file.name) in ROW_KINDS)
+
+
+def _read_hub(source: str, columns: Mapping[str, str], seen: set[str]) -> dict[str, list[Dungeon]]:
+    import datasets  # heavy, and only this source needs it
+
+    name = source.removeprefix(HUB_PREFIX)
+    try:
+        everything = datasets.load_dataset(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot open the Hub dataset {name!r}: {error}") from error
+    found = {}
+    for split in SPLITS:
+        if split in everything:
+            rows = ((f"{source}, {split} {n}", row) for n, row in enumerate(everything[split]))
+            found[split] = list(_rows_to_dungeons(rows, columns, source, seen))
+    return found
+
+
+def read_json_lines(path: Path) -> list[Dungeon]:
+    """Rooms of a file with one JSON object a line, in our own names.
 
     Raises:
         ValueError: naming the file and the line.
     """
+    return list(_read_rows(str(path), {}, set()))
 
-    def rows() -> Iterator[tuple[str, Any]]:
-        with open(path, encoding="utf-8") as file:
+
+def _read_rows(path: str, columns: Mapping[str, str], seen: set[str]) -> Iterator[Dungeon]:
+    rows = _table_rows(path) if kind_of(path) in TABLE_KINDS else _line_rows(path)
+    return _rows_to_dungeons(rows, columns, Path(path).name, seen)
+
+
+def _line_rows(path: str) -> Iterator[tuple[str, Any]]:
+    name = Path(path).name
+    try:
+        with open_file(path) as stored, decompressed(stored, path) as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    where = f"{path.name}, line {number}"
+                    where = f"{name}, line {number}"
                     try:
                         yield where, json.loads(line)
-                    except json.JSONDecodeError as error:
+                    except ValueError as error:
                         raise ValueError(f"{where}: not JSON ({error})") from error
+    except (*DAMAGED, OSError) as error:
+        raise ValueError(f"{name} cannot be read to its end: {error}") from error
 
-    return list(_rows_to_dungeons(rows(), columns or {}, path.name))
+
+def _table_rows(path: str) -> Iterator[tuple[str, Any]]:
+    name = Path(path).name
+    try:
+        with open_file(path) as file:
+            if kind_of(path) == ".parquet":
+                table = pyarrow.parquet.read_table(file)
+            else:
+                is_stream = file.read(6) != b"ARROW1"  # as `datasets` keeps it
+                file.seek(0)
+                table = (pa.ipc.open_stream(file) if is_stream else pa.ipc.open_file(file)).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
+    for number, row in enumerate(table.to_pylist()):
+        yield f"{name}, row {number}", row
 
 
 def _rows_to_dungeons(
-    rows: Iterable[tuple[str, Any]], columns: Mapping[str, str], source: str
+    rows: Iterable[tuple[str, Any]], columns: Mapping[str, str], source: str, seen: set[str]
 ) -> Iterator[Dungeon]:
-    seen: set[str] = set()
+    own: set[str] = set()  # columns of this source
     has_fields = has_rows = False
     for where, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: not an object but {type(row).__name__}")
         has_rows = True
-        seen |= row.keys()
+        own.update(row)
+        seen.update(row)
         description = _value(row, "description", columns)
         if not isinstance(description, str) or not description.strip():
             raise ValueError(
@@ -127,7 +197,7 @@ def _rows_to_dungeons(
     if has_rows and not has_fields:
         raise ValueError(
             f"{source} has none of the fields {', '.join(FIELDS)} in any row, only "
-            f"{', '.join(map(repr, sorted(seen)))}: nothing could be asked for. Name their columns, as "
+            f"{', '.join(map(repr, sorted(own)))}: nothing could be asked for. Name their columns, as "
             "--columns setting=NAME, or give the descriptions as a text file."
         )
 
@@ -137,12 +207,12 @@ def _value(row: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> Any
     return row.get(columns.get(name, name), row.get(name))
 
 
-def _read_texts(source: str, columns: Mapping[str, str]) -> Iterator[Dungeon]:
+def _read_texts(source: str) -> Iterator[Dungeon]:
     """Descriptions without fields: paragraphs of text files, whole texts of other kinds, rooms of MUD worlds.
 
     A MUD's room has its title.
     """
-    for document in read_documents(SourceSpec(source, text_column=columns.get("description", "description"))):
+    for document in read_documents(SourceSpec(source)):
         path = re.sub(r"[#:]\d+$", "", document.id)  # what follows is the number of a room or a piece
         if kind_of(path) in MUD_KINDS:
             title, _, description = document.text.partition("\n\n")

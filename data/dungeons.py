@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import sys
 from bisect import bisect_left, insort
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,13 @@ def encode_dungeon(
 
     Raises:
         DescriptionTooLong: if the row would have more than `max_length` tokens.
+        ValueError: if the tokenizer has no end token.
     """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the base's tokenizer has no end token, so no description could end: name one of its words as "
+            "`eos_token` in its tokenizer_config.json, or take another base"
+        )
     prompt = tokenizer(build_prompt(**fields))["input_ids"]
     target = tokenizer(" " + description.strip(), add_special_tokens=False)["input_ids"]
     target = [*target, tokenizer.eos_token_id]
@@ -122,8 +129,8 @@ def check_dungeons(
         )
         if not drop_too_long:
             raise ValueError(
-                f"{what}. Shorten them, leave them out with --drop_too_long, or take a base with a longer "
-                "context."
+                f"{what}. Shorten them, leave them out with --drop_too_long, or take a base (and a teacher) "
+                "with a longer context."
             )
         say(f"{what}: left out.")
     if not fitting:
@@ -163,9 +170,13 @@ class DungeonBlocks(Dataset):
         self.dungeons, self.tokenizer = dungeons, tokenizer
         self.longest = min(context, block_size)
         self.block_size, self.field_dropout, self.seed, self.packs = block_size, field_dropout, seed, packs
+        # Each room's place is for all its fields, or for as many as the context holds: which of them are left
+        # out to fit it differs between epochs.
+        whole = [encode_dungeon(d.fields, d.description, tokenizer, sys.maxsize) for d in dungeons]
+        self.places = [min(self.longest, len(row["input_ids"])) for row in whole]
+        self.longest_place = max(self.places)
         rows = [self.encode(number, epoch=0, field_dropout=0.0) for number in range(len(dungeons))]
-        lengths = [len(row["input_ids"]) for row in rows]
-        self.blocks = _pack(lengths, block_size) if packs else [[number] for number in range(len(rows))]
+        self.blocks = _pack(self.places, block_size) if packs else [[number] for number in range(len(rows))]
         descriptions = [sum(label != IGNORED_LABEL for label in row["labels"]) for row in rows]
         self.targets, self.longest_target = sum(descriptions), max(descriptions)
         content = [rows, self.blocks, block_size, context, field_dropout, seed]
@@ -178,7 +189,7 @@ class DungeonBlocks(Dataset):
         fields = {name: v for name, v in dungeon.fields.items() if randomness.random() >= field_dropout}
         while True:
             try:
-                return encode_dungeon(fields, dungeon.description, self.tokenizer, self.longest)
+                return encode_dungeon(fields, dungeon.description, self.tokenizer, self.places[number])
             except DescriptionTooLong as error:
                 if not fields:
                     raise ValueError(f"{dungeon.where}: {error}") from error
@@ -202,8 +213,8 @@ class DungeonBlocks(Dataset):
             free = self.block_size - len(input_ids)
             input_ids += [self.tokenizer.eos_token_id] * free
             labels += [IGNORED_LABEL] * free
-            # Within the context, however much is free.
-            position_ids += [position % self.longest for position in range(free)]
+            # Within any context that holds the rooms, however much is free.
+            position_ids += [position % self.longest_place for position in range(free)]
         block_of = {"input_ids": input_ids, "labels": labels}
         if self.packs:
             block_of["position_ids"] = position_ids

@@ -8,12 +8,15 @@ from pathlib import Path
 import yaml
 
 from data.shards import MANIFEST_FILE, TOKENIZER_FOLDER, open_shard, read_manifest
-from data.sources import SourceSpec, read_documents
+from data.sources import PYTHON_DOCS, SourceSpec, read_documents
 from data.tokenizer import load_tokenizer
 
 
-def shards_beside(model: str) -> str:
-    """The shards that the run of this export or checkpoint was trained on, if they lie here; else ""."""
+def source_beside(model: str) -> str:
+    """The shards that the run of this export or checkpoint was trained on, if they lie here.
+
+    Else documentation, which every machine has; it differs between Python's versions.
+    """
     for folder in Path(model).parents[:2]:
         try:
             shards = str(yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))["shards"])
@@ -21,7 +24,7 @@ def shards_beside(model: str) -> str:
             continue
         if (Path(shards) / MANIFEST_FILE).is_file():
             return shards
-    return ""
+    return PYTHON_DOCS
 
 
 def general_texts(source: str, max_bytes: int) -> list[str]:

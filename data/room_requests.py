@@ -23,11 +23,16 @@ INSTRUCTIONS = (
     "names from published worlds, no advice, no rules, no headings. Answer with a title on the first line, "
     "an empty line, and the description; nothing else."
 )
-# A model that talks about its task instead of doing it.
+# A model that talks about its task instead of doing it. In rooms, too, something is here and people cannot do
+# things: most of it counts only where an answer begins, or with what models go on to say.
 META_TALK = re.compile(
-    r"\b(as an ai|language model|i cannot|i can't|i can’t|i'm sorry|i’m sorry|i am sorry|i apologi[sz]e|"
-    r"unable to|here is (a|the|your)|here's (a|the|your)|here’s (a|the|your)|word count|the description|"
-    r"the prompt|let me know|hope this helps)\b|^\s*(sure|certainly|of course|absolutely)[,!.]|\*\*|^#|<\|",
+    r"\A\W*(sure|certainly|of course|absolutely)[,!.:]|"
+    r"\A\W*(i cannot|i can[’']t|i[’']m (sorry|unable)|i am (sorry|unable)|i apologi[sz]e|unfortunately, i)\b|"
+    r"\bi (cannot|can[’']t|am unable to|won[’']t) (write|create|provide|generate|assist|fulfil)|"
+    r"\bas an ai\b|\blanguage model\b|"
+    r"\bhere(’s|'s| is) (a|an|the|your)\b[^.!?:]{0,60}\b(room|description|entry|response)\b|"
+    r"\bword count\W|\b(your|this) (prompt|request)\b|\blet me know (if|whether|what)\b|"
+    r"\bhope (this|that) helps\b|\*\*|^#|<\|",
     re.IGNORECASE | re.MULTILINE,
 )
 
@@ -95,20 +100,24 @@ def split_answer(answer: str) -> tuple[str, str]:
     return title, re.sub(r"^description\s*:\s*", "", text, flags=re.IGNORECASE).strip()
 
 
-def what_is_wrong(description: str, fields: Mapping[str, Any]) -> str:
-    """Why a description will not do, in a few words that can be counted; "" if it will."""
+def what_is_wrong(description: str, fields: Mapping[str, Any], title: str = "") -> str:
+    """Why a description will not do, in a few words that can be counted; "" if it will.
+
+    Features, exits and inhabitants are there if all words that carry them are, whatever their endings; of
+    three and more one may be another.
+    """
     length = len(description.split())
-    if META_TALK.search(description):
+    if META_TALK.search(description) or META_TALK.search(title):
         return "refusal or talk about the task"
     if not FEWEST_WORDS <= length <= MOST_WORDS:
         return "too short" if length < FEWEST_WORDS else "too long"
     if description[-1] not in ".!?…\"”'’)":
         return "cut off"
     stems = {stem(word) for word in words(description)}
-    for name in ("features", "inhabitants"):
+    for name in ("features", "exits", "inhabitants"):
         for item in fields.get(name, ()):
             asked = {stem(word) for word in words(item) if word not in FUNCTION_WORDS}
-            if asked and 2 * len(asked & stems) < len(asked):
+            if len(asked - stems) > (len(asked) > 2):
                 return f"{name} not mentioned"
     return ""
 

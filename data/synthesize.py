@@ -16,19 +16,20 @@ import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import AsyncInferenceClient, constants
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from data.dungeon_files import BUNDLED_DUNGEONS, read_json_lines
 from data.room_requests import Request, Seen, requests, split_answer, what_is_wrong
 
 RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 LONGEST_PAUSE_SECONDS = 60.0
+LONGEST_REFUSAL = 300  # characters of what an endpoint says about one
 # So many requests in a row that fail for good mean that the endpoint has, not the requests.
 FAILURES_THAT_END_A_RUN = 5
 TOKENS_A_WORD = 1.4  # of English prose, about, in the vocabularies of large models; for the estimate only
@@ -42,9 +43,18 @@ class NoAnswer(RuntimeError):
     """One request got no answer, after all tries."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote, at which try of its request over all runs, and the seed that was sent with it."""
+
+    text: str
+    attempt: int
+    seed: int
+
+
 @dataclass
 class Tally:
-    """What a run has asked for and got. `dropped` counts answers that would not do, by reason."""
+    """What this run has asked for and got. `dropped` counts answers that would not do, by reason."""
 
     kept: int = 0
     asked: int = 0
@@ -55,11 +65,15 @@ class Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     retries: Counter[str] = field(default_factory=Counter)
 
-    def usd(self, arguments: argparse.Namespace) -> float:
-        return (
+    def usd(self, arguments: argparse.Namespace) -> str:
+        """What the tokens cost, in words."""
+        if arguments.usd_per_million_in is None:
+            return "cost unknown without prices (--usd_per_million_in, --usd_per_million_out)"
+        spend = (
             self.prompt_tokens * arguments.usd_per_million_in
             + self.completion_tokens * arguments.usd_per_million_out
         ) / 1e6
+        return f"${spend:,.2f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rooms = read_json_lines(arguments.rooms)
         wanted = list(requests(rooms, arguments.count, arguments.seed))
-        done, texts = read_answers(arguments.output), []
+        done = read_answers(arguments.output)
         texts = [row["description"] for row in done.values() if row.get("description")]
         rejected = read_answers(rejected_file(arguments.output))
     except (ValueError, OSError) as error:
@@ -83,8 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         constants.HF_HUB_OFFLINE = False
     tally = Tally()
     problem = ""
+    # A rejected answer's seed is not sent again: an endpoint that heeds it would repeat the answer.
+    tried = {id: row["attempt"] + 1 for id, row in rejected.items() if "attempt" in row}
+    seen = Seen([*(room.description for room in bundled), *texts])
     try:
-        asyncio.run(ask_all(missing, Seen([*(r.description for r in bundled), *texts]), arguments, tally))
+        asyncio.run(ask_all(missing, tried, seen, arguments, tally))
     except EndpointFailed as error:
         problem = str(error)
     except KeyboardInterrupt:
@@ -128,8 +145,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_tokens", type=int, default=320)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top_p", type=float, default=0.95)
-    parser.add_argument("--usd_per_million_in", type=float, default=0.0, help="price of a prompt's tokens")
-    parser.add_argument("--usd_per_million_out", type=float, default=0.0, help="price of an answer's tokens")
+    parser.add_argument("--usd_per_million_in", type=float, help="price of a prompt's tokens")
+    parser.add_argument("--usd_per_million_out", type=float, help="price of an answer's tokens")
     parser.add_argument("--key_variable", help="environment variable of the key (OPENAI_API_KEY or HF_TOKEN)")
     parser.add_argument("--retry_dropped", action="store_true", help="ask again for what was dropped before")
     parser.add_argument("--plan", action="store_true", help="estimate tokens and money, ask nothing")
@@ -137,6 +154,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("count", "concurrency", "attempts", "max_tokens"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    if (arguments.usd_per_million_in is None) != (arguments.usd_per_million_out is None):
+        parser.error("--usd_per_million_in and --usd_per_million_out belong together; free is 0")
     if arguments.url and not arguments.url.startswith(("http://", "https://")):
         parser.error(f"--url {arguments.url} is no http(s) address")
     return arguments
@@ -155,7 +174,7 @@ def read_answers(path: Path) -> dict[str, dict[str, Any]]:
     if len(whole) < len(content):
         path.write_bytes(whole)
     rows = {}
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
+    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], start=1):  # no other line end
         try:
             row = json.loads(line)
             rows[row["id"]] = row
@@ -179,7 +198,7 @@ def estimate(missing: Sequence[Request], wanted: int, arguments: argparse.Namesp
     return (
         f"{len(missing):,} of {wanted:,} rooms to ask {arguments.model} for: about {tally.prompt_tokens:,} "
         f"tokens of prompts and at most {tally.completion_tokens:,} of answers, "
-        f"about ${tally.usd(arguments):,.2f}."
+        f"{tally.usd(arguments)}."
     )
 
 
@@ -188,23 +207,34 @@ def summary(tally: Tally, arguments: argparse.Namespace) -> str:
     dropped = ", ".join(f"{count} {reason}" for reason, count in tally.dropped.most_common()) or "none"
     retries = ", ".join(f"{count} {reason}" for reason, count in tally.retries.most_common()) or "none"
     return (
-        f"{tally.kept:,} kept in {arguments.output}; dropped: {dropped}; asked again: {retries}. "
-        f"{tally.prompt_tokens:,} tokens of prompts and {tally.completion_tokens:,} of answers, "
-        f"${tally.usd(arguments):,.2f}."
+        f"{tally.asked:,} times asked in this run, {tally.kept:,} answers kept in {arguments.output}; "
+        f"dropped: {dropped}; asked again: {retries}. {tally.prompt_tokens:,} tokens of prompts and "
+        f"{tally.completion_tokens:,} of answers, {tally.usd(arguments)}."
     )
 
 
+def key_of(arguments: argparse.Namespace) -> str | None:
+    """The key in the environment, if there is one."""
+    variable = arguments.key_variable or ("OPENAI_API_KEY" if arguments.url else "HF_TOKEN")
+    return os.environ.get(variable)
+
+
 async def ask_all(
-    missing: Sequence[Request], seen: Seen, arguments: argparse.Namespace, tally: Tally
+    missing: Sequence[Request],
+    tried: Mapping[str, int],
+    seen: Seen,
+    arguments: argparse.Namespace,
+    tally: Tally,
 ) -> None:
     """Ask for all, `concurrency` at a time, and write each answer down as it comes.
+
+    `tried` says of requests that were answered before, by id, at how many attempts.
 
     Raises:
         EndpointFailed: if it refuses, or too many requests in a row get no answer; what came before is kept.
     """
-    variable = arguments.key_variable or ("OPENAI_API_KEY" if arguments.url else "HF_TOKEN")
     # A word that is no key, or the Hub's saved token would be sent to whatever address was given.
-    key = os.environ.get(variable) or ("no-key" if arguments.url else None)
+    key = key_of(arguments) or ("no-key" if arguments.url else None)
     where = {"base_url": arguments.url} if arguments.url else {"provider": arguments.provider}
     client = AsyncInferenceClient(timeout=arguments.timeout_seconds, token=key, **where)  # type: ignore[arg-type]
     waiting = iter(missing)
@@ -217,7 +247,7 @@ async def ask_all(
         async def work() -> None:
             for request in waiting:
                 try:
-                    answer = await ask(client, request, arguments, tally)
+                    answer = await ask(client, request, tried.get(request.id, 0), arguments, tally)
                 except NoAnswer as error:
                     tally.failed += 1
                     tally.failed_in_a_row += 1
@@ -227,17 +257,22 @@ async def ask_all(
                         ) from error
                     continue
                 tally.failed_in_a_row = 0
-                title, description = split_answer(answer)
-                reason = what_is_wrong(description, request.fields)
+                title, description = split_answer(answer.text)
+                reason = what_is_wrong(description, request.fields, title)
                 if not reason and seen.has(description):
                     reason = "said before"
-                row = as_row(request, title, description, arguments)
                 if reason:
                     tally.dropped[reason] += 1
-                    row = {"id": request.id, "reason": reason, "answer": answer}
+                    row = {
+                        "id": request.id,
+                        "reason": reason,
+                        "answer": answer.text,
+                        "attempt": answer.attempt,
+                    }
                 else:
                     tally.kept += 1
                     seen.add(description)
+                    row = as_row(request, title, description, answer.seed, arguments)
                 file = dropped if reason else kept
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
@@ -254,22 +289,24 @@ async def ask_all(
 
 
 async def ask(
-    client: AsyncInferenceClient, request: Request, arguments: argparse.Namespace, tally: Tally
-) -> str:
-    """One answer, after as many tries as it takes and `attempts` allows.
+    client: AsyncInferenceClient, request: Request, tried: int, arguments: argparse.Namespace, tally: Tally
+) -> Answer:
+    """One answer, after as many attempts as it takes and `attempts` allows; `tried` were there before.
+
+    Each attempt sends a seed of its own, a function of the request and the attempt's number.
 
     Raises:
         EndpointFailed: if the endpoint refuses in a way that another try will not change.
         NoAnswer: if no try succeeded.
     """
-    pause, reason = arguments.pause_seconds, ""
-    seed = random.Random(request.id).getrandbits(31)
-    for attempt in range(arguments.attempts):
-        if attempt:
+    pause, reason, said = arguments.pause_seconds, "", ""
+    for attempt in range(tried, tried + arguments.attempts):
+        if attempt > tried:
             # Not all at once after a failure that hit all at once.
             await asyncio.sleep(pause * random.uniform(0.8, 1.2))
             pause = min(LONGEST_PAUSE_SECONDS, pause * 2)
         tally.asked += 1
+        seed = random.Random(f"{request.id} {attempt}").getrandbits(31)
         try:
             output = await client.chat_completion(
                 request.messages,  # type: ignore[arg-type]
@@ -282,27 +319,38 @@ async def ask(
             if usage := output.usage:
                 tally.prompt_tokens += usage.prompt_tokens or 0
                 tally.completion_tokens += usage.completion_tokens or 0
-            if text := (output.choices[0].message.content or "").strip():
-                return text
-            reason = "empty answer"
+            # Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes a question mark.
+            content = (output.choices[0].message.content or "").encode(errors="replace").decode()
+            if text := content.strip():
+                return Answer(text, attempt, seed)
+            reason, said = "empty answer", ""
         except TimeoutError:
-            reason = f"no answer within {arguments.timeout_seconds:g} s"
+            reason, said = f"no answer within {arguments.timeout_seconds:g} s", ""
         except HfHubHTTPError as error:
             status = error.response.status_code if error.response is not None else 0
-            reason = f"status {status}"
+            reason, said = f"status {status}", what_was_said(error, key_of(arguments))
             if status not in RETRIED_STATUS:
-                raise EndpointFailed(f"the endpoint refused with {reason}") from error
+                raise EndpointFailed(f"the endpoint refused with {reason}{said}") from error
             pause = max(pause, retry_after(error.response))
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            reason = "malformed answer"
+        except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError):
+            reason, said = "malformed answer", ""
+        except (ValueError, OfflineModeIsEnabled) as error:  # of the client: provider, model or key
+            raise EndpointFailed(f"nothing can be asked: {error}") from error
         except Exception as error:  # httpx's or httpx2's, whichever huggingface_hub brought
             if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2"):
                 raise
             name = type(error).__name__  # of a timeout too, in older releases
             slow = f"no answer within {arguments.timeout_seconds:g} s"
-            reason = slow if name in ("ReadTimeout", "PoolTimeout") else f"no connection ({name})"
+            reason, said = slow if name in ("ReadTimeout", "PoolTimeout") else f"no connection ({name})", ""
         tally.retries[reason] += 1
-    raise NoAnswer(f"no usable answer in {arguments.attempts} attempts, the last: {reason}")
+    raise NoAnswer(f"no usable answer in {arguments.attempts} attempts, the last: {reason}{said}")
+
+
+def what_was_said(error: HfHubHTTPError, key: str | None) -> str:
+    """ ": " and the endpoint's own words about a refusal, without the key, or nothing if it has none."""
+    said = " ".join((error.server_message or getattr(error.response, "text", "") or "").split())
+    said = said.replace(key, "…") if key else said
+    return f": {said[:LONGEST_REFUSAL]}" if said else ""
 
 
 def retry_after(response: Any) -> float:
@@ -313,7 +361,9 @@ def retry_after(response: Any) -> float:
         return 0.0
 
 
-def as_row(request: Request, title: str, description: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def as_row(
+    request: Request, title: str, description: str, seed: int, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """A row for `finetune.py`, with where it comes from."""
     return {
         "id": request.id,
@@ -324,7 +374,8 @@ def as_row(request: Request, title: str, description: str, arguments: argparse.N
         "license": arguments.license,
         "teacher_prompt": request.messages[-1]["content"],
         "sampling": {
-            name: getattr(arguments, name) for name in ("temperature", "top_p", "max_tokens", "seed")
+            **{name: getattr(arguments, name) for name in ("temperature", "top_p", "max_tokens")},
+            "seed": seed,
         },
     }
 

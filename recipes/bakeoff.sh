@@ -5,7 +5,8 @@
 #   BASE=openai-community/gpt2 RECIPE=recipes/dungeons.yaml TEACHER=openai-community/gpt2-large \
 #       STEPS=100 OTHER="rooms/*.jsonl" FLAGS="--learning_rate 5e-5" bash recipes/bakeoff.sh
 #
-# Every setting is an environment variable. A run that is there already is not run again.
+# Every setting is an environment variable. A run that is there already is not run again; a folder that was
+# begun with other settings is refused.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,7 +17,7 @@ OUT=${OUT:-artifacts/bakeoff}
 STEPS=${STEPS:-200}
 # Rooms from elsewhere: JSON lines with a column `text`. Without any, that row is left out.
 OTHER=${OTHER:-}
-# A larger model with the base's vocabulary. Without one, the best run so far stands in.
+# A larger model with the base's vocabulary. Without one, the best run so far stands in, and its minutes count.
 TEACHER=${TEACHER:-}
 # What data.synthesize got from a large model. Without it the teacher writes as many rooms here.
 WRITTEN=${WRITTEN:-}
@@ -26,16 +27,31 @@ ROOMS=${ROOMS:-60}
 NEW_TOKENS=${NEW_TOKENS:-150}
 FLAGS=${FLAGS:-}
 LORA_FLAGS=${LORA_FLAGS:---learning_rate 3e-3}
-USD_PER_HOUR=${USD_PER_HOUR:-0}
+# Of this machine. Without it the table has no money.
+USD_PER_HOUR=${USD_PER_HOUR:-}
 LAUNCH=${LAUNCH:-python}
 
 mkdir -p "$OUT"
-models=("$BASE")
-names="\"$BASE\": \"no fine-tuning\""
+settings=$(
+    for name in BASE RECIPE STEPS OTHER TEACHER WRITTEN WRITE ROOMS NEW_TOKENS FLAGS LORA_FLAGS; do
+        echo "$name=${!name}"
+    done
+    cksum "$RECIPE" data/corpora/dungeons/*.jsonl
+)
+if [ -f "$OUT/settings.txt" ] && ! diff "$OUT/settings.txt" - <<< "$settings" >&2; then
+    echo "bakeoff.sh: $OUT was begun with other settings (< then, > now), and a table must not mix them." >&2
+    echo "Give the old ones, another OUT, or remove the folder." >&2
+    exit 1
+fi
+echo "$settings" > "$OUT/settings.txt"
 
-run() { # folder, name, flags of finetune.py
-    local folder=$1 name=$2
-    shift 2
+models=("$BASE")
+# A line for each row of the table: its model, its name, and the files that say how long it took.
+printf '%s\t%s\t\n' "$BASE" "no fine-tuning" > "$OUT/rows.tsv"
+
+run() { # folder, name, what else took its time, flags of finetune.py
+    local folder=$1 name=$2 before=$3
+    shift 3
     if [ ! -f "$OUT/$folder/finetuning.json" ]; then
         # Validated often and stopped early: the budget is a limit, not a duty.
         # shellcheck disable=SC2086
@@ -43,27 +59,31 @@ run() { # folder, name, flags of finetune.py
             --sample_every_steps 100000 $FLAGS "$@"
     fi
     models+=("$OUT/$folder/export")
-    names+=", \"$OUT/$folder/export\": \"$name\""
+    printf '%s\t%s\t%s\n' "$OUT/$folder/export" "$name" "$folder/metrics.jsonl $before" >> "$OUT/rows.tsv"
 }
 
-run bundled "all weights, bundled rooms"
-best=$OUT/bundled/export
+run bundled "all weights, bundled rooms" ""
+best=bundled
 if [ -n "$OTHER" ]; then
     # shellcheck disable=SC2086
-    run other "all weights, bundled + other rooms" --data dungeons $OTHER --columns description=text
-    best=$OUT/other/export
+    run other "all weights, bundled + other rooms" "" --data dungeons $OTHER --columns description=text
+    best=other
 fi
 # shellcheck disable=SC2086
-run lora "LoRA, bundled rooms" --method lora --merge true $LORA_FLAGS
-teacher=${TEACHER:-$best}
-run distill "distilled from $teacher" --method distill --teacher "$teacher"
+run lora "LoRA, bundled rooms" "" --method lora $LORA_FLAGS
+if [ -n "$TEACHER" ]; then
+    teacher=$TEACHER taught="" # others trained it
+else
+    teacher=$OUT/$best/export taught=$best/metrics.jsonl
+fi
+run distill "distilled from $teacher" "$taught" --method distill --teacher "$teacher"
 written=${WRITTEN:-$OUT/written.jsonl}
 [ -f "$written" ] || python benchmarks/bakeoff.py write --model "$teacher" --count "$WRITE" \
-    --max_new_tokens "$NEW_TOKENS" --output "$written"
-run sequence "bundled rooms + rooms written by the teacher" --data dungeons "$written"
+    --max_new_tokens "$NEW_TOKENS" --output "$written" --metrics "$OUT/written.metrics.jsonl"
+[ -n "$WRITTEN" ] || taught="$taught written.metrics.jsonl"
+run sequence "bundled rooms + rooms written by the teacher" "$taught" --data dungeons "$written"
 
 python benchmarks/bakeoff.py fit --model "$BASE" --count "$ROOMS" --max_new_tokens "$NEW_TOKENS" --output "$OUT/test.jsonl"
 python eval_dungeons.py --models "${models[@]}" --data "$OUT/test.jsonl" --limit "$ROOMS" \
     --max_new_tokens "$NEW_TOKENS" --temperature 0.7 --output "$OUT/evaluation"
-echo "{$names}" > "$OUT/names.json"
-python benchmarks/bakeoff.py table "$OUT" --usd_per_hour "$USD_PER_HOUR" | tee "$OUT/table.md"
+python benchmarks/bakeoff.py table "$OUT" ${USD_PER_HOUR:+--usd_per_hour "$USD_PER_HOUR"} | tee "$OUT/table.md"

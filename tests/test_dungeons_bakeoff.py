@@ -16,6 +16,18 @@ from data.tokenizer import train_tokenizer
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
 
 
+def seconds_of(metrics):
+    return max(json.loads(line).get("elapsed_seconds", 0) for line in metrics.read_text().splitlines())
+
+
+def read_table(path):
+    """{row's name: {head of a column: cell}} of a Markdown table."""
+    heads, _, *rows = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in path.read_text().splitlines()
+    )
+    return {name: dict(zip(heads[1:], cells, strict=True)) for name, *cells in rows}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_the_bake_off_compares_every_way_at_toy_size(tmp_path):
@@ -40,23 +52,46 @@ def test_the_bake_off_compares_every_way_at_toy_size(tmp_path):
         "ROOMS": 4,
         "NEW_TOKENS": 8,
         "FLAGS": flags,
-        "USD_PER_HOUR": 60,
+        "USD_PER_HOUR": 6000,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    done = subprocess.run(
-        ["bash", str(ROOT / "recipes" / "bakeoff.sh")],
-        env=environment() | {name: str(value) for name, value in settings.items()},
-        capture_output=True,
-        text=True,
-        timeout=550,
-    )
+
+    def bake(**changes):
+        return subprocess.run(
+            ["bash", str(ROOT / "recipes" / "bakeoff.sh")],
+            env=environment() | {name: str(value) for name, value in {**settings, **changes}.items()},
+            capture_output=True,
+            text=True,
+            timeout=550,
+        )
+
+    done = bake()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    table = (tmp_path / "out" / "table.md").read_text().splitlines()
-    cells = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in table[2:]}
-    assert len(cells) == 7  # people, the base, five ways
+    cells = read_table(tmp_path / "out" / "table.md")
+    assert len(cells) == 7  # the descriptions themselves, the base, five ways
+    descriptions = cells.pop("held-out descriptions")
+    assert descriptions["things"] == "1.00" and not descriptions["USD"] and not descriptions["bits/byte"]
+    base = cells.pop("no fine-tuning")
+    assert not base["minutes"] and not base["USD"] and 0 < float(base["general text"]) < 16
     for name, row in cells.items():
-        if name == "held-out descriptions":
-            continue
-        bits, general = float(row[0]), float(row[4])
-        assert 0 < bits < 8 and 0 < general < 16, name
-    assert cells["no fine-tuning"][5] == "" and all(row[5] for name, row in cells.items() if "rooms" in name)
+        assert 0 < float(row["bits/byte"]) < 8 and 0 < float(row["general text"]) < 16, name
+        assert 0 <= float(row["things"]) <= 1 and float(row["USD"]) > 0, name
+    took = {
+        "all weights, bundled rooms": ["bundled/metrics.jsonl"],
+        f"distilled from {tmp_path}": ["distill/metrics.jsonl", "other/metrics.jsonl"],
+        "written by": ["sequence/metrics.jsonl", "other/metrics.jsonl", "written.metrics.jsonl"],
+    }
+    for (
+        part,
+        files,
+    ) in took.items():  # with the teacher's minutes and its writing, at a hundred dollars a minute
+        (row,) = (row for name, row in cells.items() if part in name)
+        seconds = [seconds_of(tmp_path / "out" / file) for file in files]
+        assert float(row["USD"]) == pytest.approx(sum(seconds) / 60 * 100, abs=0.001), part
+
+    changed = bake(STEPS=3)  # a table of two budgets
+    assert changed.returncode == 1 and "begun with other settings" in changed.stderr
+    assert "STEPS=2" in changed.stderr and "STEPS=3" in changed.stderr
+    again = bake(USD_PER_HOUR="")  # nothing is trained again, and no price is made up
+    assert again.returncode == 0 and "learning rate" not in again.stdout, again.stdout + again.stderr
+    assert not any(row["USD"] for row in read_table(tmp_path / "out" / "table.md").values())

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -93,6 +92,26 @@ PLANTED = {
     "a text for a list": (lambda rows: {"features": "bell"}, "features must be a list of texts, is 'bell'"),
     "too many features": (lambda rows: {"features": ["a"] * 4}, "has 4 features, more than 3"),
     "an unknown field": (lambda rows: {"colour": "red"}, "has unknown fields: colour"),
+    "a wrong article": (
+        lambda rows: {"description": rows[6][2]["description"] + " It is an cane stand."},
+        "train.jsonl:7: has a wrong article in its description: 'an cane'",
+    ),
+    "a wrong article before a vowel": (
+        lambda rows: {"title": "A Iron Shot"},
+        "train.jsonl:7: has a wrong article in its title: 'A Iron'",
+    ),
+    "a missing blank": (
+        lambda rows: {"description": rows[6][2]["description"] + " He married her.Here it is."},
+        "train.jsonl:7: lacks a blank in its description: 'her.Here'",
+    ),
+    "two words in one": (
+        lambda rows: {"description": rows[6][2]["description"] + " He asks andwants."},
+        "train.jsonl:7: lacks a blank in 'andwants'",
+    ),
+    "the same idea in other words": (
+        lambda rows: {"description": " ".join(reversed(rows[5][2]["description"].split()))},
+        r"train.jsonl:7: is too like train.jsonl:6, 0\.\d\d",
+    ),
     "the wrong split": (
         lambda rows: {"setting": "lighthouse"},
         "train.jsonl:7: lighthouse / .* belongs to test",
@@ -107,13 +126,26 @@ def test_a_planted_fault_is_found(rows, kind):
     assert any(re.search(message, problem) for problem in problems), problems
 
 
+def test_two_rooms_of_the_same_features_are_found(rows):
+    for number, features in ((4, ["glass eel", "tin moon"]), (6, ["tin moon", "glass eel"])):
+        text = f"{rows[number][2]['description']} Here are a {features[0]}, a {features[1]}."
+        rows = changed(rows, number, features=features, description=text)
+    problems, _ = check(rows)
+    assert "train.jsonl:7: has the features glass eel and tin moon of train.jsonl:5" in problems
+
+
 def test_sameness_of_the_whole_is_found(rows):
     """One setting, one opening word, one shape, a small vocabulary: each row alone would do."""
     alike = [
         (
             "train",
             f"x:{n}",
-            {**row, "setting": "crypt", "description": f"The {n}. " + "The bell rings here. " * 20},
+            {
+                **row,
+                "setting": "crypt",
+                "features": ["bell", "ring"],
+                "description": f"The {n}. " + "The bell rings here. " * 20,
+            },
         )
         for n, (_, _, row) in enumerate(rows[:300])
     ]
@@ -122,6 +154,8 @@ def test_sameness_of_the_whole_is_found(rows):
         "the setting 'crypt' has 100.0% of the rows, over 6%",
         "the first word 'the' has 100.0% of the rows, over 12%",
         "the shape",
+        "have 1 feature(s), under 15%",
+        "have 3 feature(s), under 25%",
         "different words; more than 8,000 are wanted",
         "1 settings; at least 30 are wanted",
     ):
@@ -146,9 +180,12 @@ def test_pretraining_on_the_bundled_rooms_sees_the_training_split_alone(rows):
     assert all(text.endswith(description) for text, description in zip(texts, described, strict=True))
 
 
-def test_the_script_travels_alone(tmp_path):
+def test_the_script_travels_alone(tmp_path, rows):
     """On the Hub it lies beside the data, without this repository."""
     copy = tmp_path / "check.py"
     copy.write_text((FOLDER / "check.py").read_text(encoding="utf-8"))
-    done = subprocess.run([sys.executable, "-I", str(copy), str(FOLDER)], cwd=tmp_path, capture_output=True)
-    assert done.returncode == 0 and Path(copy).exists()
+    done = subprocess.run(
+        [sys.executable, "-I", str(copy), str(FOLDER)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"rows: {len(rows):,}" in done.stdout

@@ -1,11 +1,18 @@
 """From fields and a description to rows of a batch: the prompt, what is learnt, what sees what."""
 
+import gzip
 import json
+import lzma
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -25,6 +32,8 @@ from data.dungeons import (
 from data.loader import build_loader
 from data.tokenizer import train_tokenizer
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
+from tests.hub_server import HubServer
+from tests.training_toys import ROOT, environment
 from training.packing import keeps_texts_apart
 
 ROOMS = [
@@ -96,6 +105,29 @@ def test_fields_go_before_the_description_is_cut(tokenizer):
     assert "Bells hang here.<|endoftext|>" in text and "very long" not in text
 
 
+def test_a_row_never_outgrows_its_block_whichever_fields_are_left_out(tokenizer):
+    """Rows were packed by one drawing of the fields that fit the context; others kept longer ones."""
+    rooms = [
+        Dungeon(
+            {"title": f"The Bell {n} " * 12, "mood": "calm", "setting": "crypt " * 9, "place": "stair " * 5},
+            f"Rope drips from bell {n}. " * 4,
+        )
+        for n in range(12)
+    ]
+    blocks = DungeonBlocks(rooms, tokenizer, block_size=400, context=150, field_dropout=0.3, seed=1)
+    whole = [len(encode_dungeon(r.fields, r.description, tokenizer, 9999)["input_ids"]) for r in rooms]
+    assert min(whole) > 150 and max(len(block) for block in blocks.blocks) == 2
+    for index in range(40 * len(blocks)):
+        block = blocks[index]
+        assert len(block["input_ids"]) == 400 and block["position_ids"].max() < blocks.longest_place <= 150
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_in_words(tokenizer):
+    endless = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(ValueError, match=r"tokenizer has no end token.*`eos_token` in its tokenizer_config"):
+        check_dungeons([Dungeon({}, "Bells.")], endless, 128, drop_too_long=True, split="train")
+
+
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60))
 def test_every_room_is_packed_once_and_no_block_overflows(lengths):
     blocks = _pack(lengths, 40)
@@ -163,8 +195,9 @@ def test_a_packed_room_is_learnt_as_if_it_stood_alone(tokenizer, dungeons, kind)
     assert (labels[:, 1:] != -100).sum() == packed.targets == alone.targets
 
 
-def test_a_model_that_reads_across_rooms_is_found_out(tokenizer, dungeons):
-    """As models do that carry a state from token to token."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_reads_across_rooms_is_found_out_in_its_own_precision(tokenizer, dungeons, dtype):
+    """As models do that carry a state from token to token; rounding alone is not taken for it."""
 
     class Recurrent(torch.nn.Module):
         def __init__(self):
@@ -174,8 +207,15 @@ def test_a_model_that_reads_across_rooms_is_found_out(tokenizer, dungeons):
         def forward(self, input_ids, position_ids=None, use_cache=None):
             return type("Output", (), {"logits": self.embed(input_ids).cumsum(1)})
 
+    torch.manual_seed(0)
     block = DungeonBlocks(dungeons, tokenizer, block_size=400, context=200).fullest()
-    assert not keeps_texts_apart(Recurrent(), block)
+    assert not keeps_texts_apart(Recurrent().to(dtype), block)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 300, "n_positions": 200}
+    model = GPTScratchForCausalLM(GPTScratchConfig(**sizes, initializer_range=0.2)).to(dtype)
+    assert keeps_texts_apart(model, block)
+    without_restarts = {**block, "position_ids": torch.arange(400) % 200}
+    without_restarts["position_ids"][block["position_ids"] == 0] = 0
+    assert not keeps_texts_apart(model, without_restarts)
 
 
 def test_shorter_rows_are_padded_where_nothing_sees_it(tokenizer, dungeons):
@@ -191,10 +231,111 @@ def test_shorter_rows_are_padded_where_nothing_sees_it(tokenizer, dungeons):
 
 # Where rooms come from
 
+MANY = [{**room, "description": f"{room['description']} Again, {n}."} for n in range(3) for room in ROOMS]
+
 
 def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+TABLES = {
+    "rooms.jsonl": lambda lines, table: lines,
+    "rooms.ndjson": lambda lines, table: lines,
+    "rooms.jsonl.gz": lambda lines, table: gzip.compress(lines),
+    "rooms.jsonl.xz": lambda lines, table: lzma.compress(lines),
+    "rooms.jsonl.zst": lambda lines, table: zstandard.compress(lines),
+    "rooms.parquet": lambda lines, table: as_bytes(table, pyarrow.parquet.write_table),
+    "rooms.arrow": lambda lines, table: as_bytes(table, write_stream),
+}
+
+
+def as_bytes(table, write):
+    sink = pa.BufferOutputStream()
+    write(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+def write_stream(table, sink):
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_keep_their_fields_in_whatever_file_they_lie(tmp_path, name, where):
+    """Once anything but plain .jsonl was read for its descriptions alone, and all fields were lost."""
+    lines = "".join(json.dumps(room) + "\n" for room in MANY).encode()
+    source = tmp_path / name if where == "file" else tmp_path
+    (tmp_path / name).write_bytes(TABLES[name](lines, pa.Table.from_pylist(MANY)))
+    if where == "folder":
+        (tmp_path / "README.md").write_text("# A card\n\nThis is no room.\n")
+    found = [room for split in read_splits([str(source)], {}).values() for room in split]
+    expected = [({n: v for n, v in room.items() if n in FIELDS}, room["description"]) for room in MANY]
+    assert sorted(((room.fields, room.description) for room in found), key=str) == sorted(expected, key=str)
+    assert all(room.where.startswith(f"{name}, ") for room in found)
+
+
+def test_a_folder_of_named_splits_is_read_by_them_whatever_the_kind(tmp_path):
+    (tmp_path / "train-00000-of-00001.parquet").write_bytes(
+        as_bytes(pa.Table.from_pylist(ROOMS[:5]), pyarrow.parquet.write_table)
+    )
+    lines = "".join(json.dumps(room) + "\n" for room in ROOMS[5:7]).encode()
+    (tmp_path / "validation.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "test.jsonl").write_text("not read\n")
+    splits = read_splits([str(tmp_path)], {})
+    assert [len(splits["train"]), len(splits["validation"])] == [5, 2] and splits["validation"][0].fields
+
+
+@pytest.mark.parametrize("name", ["rooms.jsonl.gz", "rooms.jsonl.zst", "rooms.parquet", "rooms.arrow"])
+def test_a_damaged_file_of_rooms_is_named(tmp_path, name):
+    whole = TABLES[name](
+        b"".join(json.dumps(room).encode() + b"\n" for room in ROOMS), pa.table({"a": [1] * 99})
+    )
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=f"{name} cannot be read"):
+        read_splits([str(tmp_path / name)], {})
+
+
+def test_a_dataset_on_the_hub_is_read_by_its_splits(tmp_path):
+    def lines(rooms):
+        return "".join(json.dumps(room) + "\n" for room in rooms).encode()
+
+    files = {"train.jsonl": lines(ROOMS[:6]), "validation.jsonl": lines(ROOMS[6:9]), "README.md": b"# Rooms"}
+    code = (
+        "import json; from data.dungeon_files import read_splits;"
+        "splits = read_splits(['hub:owner/rooms'], {'mood': 'title'});"
+        "print(json.dumps({s: [[r.fields, r.description] for r in rooms] for s, rooms in splits.items()}))"
+    )
+    with HubServer({"owner/rooms": files}) as hub:
+        variables = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        variables |= {"HF_HOME": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment() | variables,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert done.returncode == 0, done.stderr
+    splits = json.loads(done.stdout.splitlines()[-1])
+    assert [len(splits["train"]), len(splits["validation"])] == [6, 3]
+    fields, description = splits["validation"][0]
+    assert fields["mood"] == fields["title"] == ROOMS[6]["title"] and description == ROOMS[6]["description"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"seting": "zone"}, "--columns seting: no field is called so; ours are description, title, setting"),
+        ({"setting": "zoone"}, "--columns setting=zoone: no such column in .*there are .*'zone'"),
+    ],
+)
+def test_a_column_that_is_not_there_is_refused_and_not_passed_over(tmp_path, columns, message):
+    rows = [{"description": f"Room {n} is wet.", "mood": "calm", "zone": "crypt"} for n in range(40)]
+    with pytest.raises(ValueError, match=message):
+        read_splits([write_lines(tmp_path / "rooms.jsonl", rows)], columns)
 
 
 def test_json_lines_with_other_names_are_mapped(tmp_path):

@@ -1,13 +1,13 @@
 """Fine-tuning for real, of a toy: the loop's promises hold, and each method leaves what it says."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,12 +24,16 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    pipeline,
 )
 
 from data.dungeons import build_prompt
 from data.tokenizer import train_tokenizer
 from finetune import main
 from modeling_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
+from training.adapters import is_adapter
 from training.checkpoint import latest_checkpoint
 from training.distillation import Distillation, distillation_loss
 
@@ -76,6 +80,7 @@ def rooms(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("rooms")
     for split, numbers in (("train", range(40)), ("validation", range(40, 48))):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(room(n)) + "\n" for n in numbers))
+    (folder / "other.txt").write_text("Any other text, about something else. " * 40)
     return folder
 
 
@@ -86,7 +91,8 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def bases(tokenizer, tmp_path_factory) -> Path:
-    """Small models by name: ours, stock GPT-2, a Llama; a larger teacher, and one of another vocabulary."""
+    """Small models by name: ours, stock GPT-2, a Llama; teachers larger, in bfloat16, of a shorter context,
+    of a state that nothing resets, and of another vocabulary; one whose tokenizer has no end."""
     folder = tmp_path_factory.mktemp("bases")
     ends = {"bos_token_id": 299, "eos_token_id": 299}
     llama = LlamaConfig(
@@ -102,20 +108,31 @@ def bases(tokenizer, tmp_path_factory) -> Path:
     }.items():
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    torch.manual_seed(1)
+    bfloat16 = GPTScratchForCausalLM(GPTScratchConfig(**{**SIZES, "n_embd": 64}, **ends)).to(torch.bfloat16)
+    bfloat16.save_pretrained(folder / "bfloat16")
+    short = GPTScratchForCausalLM(GPTScratchConfig(**{**SIZES, "n_positions": 64}, **ends))
+    short.save_pretrained(folder / "short")
+    state = MambaConfig(num_hidden_layers=1, hidden_size=32, state_size=4, vocab_size=300, **ends)
+    MambaForCausalLM(state).save_pretrained(folder / "mamba")
+    for name in ("bfloat16", "short", "mamba"):
+        tokenizer.save_pretrained(folder / name)
+    shutil.copytree(folder / "ours", folder / "endless")
+    tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(folder / "endless")
     shutil.copytree(folder / "teacher", folder / "stranger")
     train_tokenizer([json.dumps(room(n))[::-1] for n in range(40)], 300).save_pretrained(folder / "stranger")
     return folder
 
 
 def flags(rooms, bases, run, base="ours", **more) -> dict:
-    return {"data": rooms, "model": bases / base, "run_dir": run, **more}
+    known = {"data": rooms, "model": bases / base, "run_dir": run, "general_data": rooms / "other.txt"}
+    return {**known, **more}
 
 
 @pytest.fixture(scope="module")
 def finished(rooms, bases, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("finished") / "run"
-    (run.parent / "notes.txt").write_text("Any other text, about something else. " * 40)
-    finetune_here(**flags(rooms, bases, run), general_data=run.parent / "notes.txt")
+    finetune_here(**flags(rooms, bases, run))
     return run
 
 
@@ -124,6 +141,15 @@ def test_a_run_learns_rooms_and_says_what_it_forgot(finished):
     assert len(losses) == 6 and losses[-1] < losses[0] - 0.3
     told = json.loads((finished / "finetuning.json").read_text())
     assert told["after"]["rooms"] < told["before"]["rooms"] and set(told["after"]) == {"rooms", "general"}
+
+
+def test_forgetting_is_measured_by_documentation_where_nothing_else_is_known(rooms, bases, tmp_path, capsys):
+    """As of a base from the Hub, whose corpus is not here: once nothing was said of it at all."""
+    run = tmp_path / "run"
+    finetune_here(**flags(rooms, bases, run, general_data="", general_bytes=2000), max_steps=1)
+    assert "Forgetting is measured by python-docs." in capsys.readouterr().out
+    told = json.loads((run / "finetuning.json").read_text())
+    assert told["before"]["general"] > 0 and told["after"]["general"] > 0
 
 
 @pytest.mark.slow
@@ -162,20 +188,38 @@ def test_a_run_stopped_after_every_step_matches_an_unbroken_one_bit_for_bit(room
     assert_same_run(broken, unbroken)
 
 
+# finetune.py, whose fourth step waits for a checkpoint and is the end of the process.
+KILLED_IN_ITS_FOURTH_STEP = """
+import os, signal, sys, time
+import finetune, train_accelerate
+from pathlib import Path
+from training.adapters import is_adapter
+from training.checkpoint import latest_checkpoint
+
+set_learning_rate, steps = train_accelerate.set_learning_rate, []
+
+def kill_in_the_fourth(*arguments):
+    steps.append(len(steps))
+    if len(steps) == 4:
+        while latest_checkpoint(Path(os.environ["RUN"])) is None:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return set_learning_rate(*arguments)
+
+train_accelerate.set_learning_rate = kill_in_the_fourth
+finetune.main(sys.argv[1:])
+"""
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_end_bit_for_bit(rooms, bases, finished, tmp_path):
     run = tmp_path / "run"
-    settings = {**TOY, **flags(rooms, bases, run), "general_data": finished.parent / "notes.txt"}
-    command = [sys.executable, str(ROOT / "finetune.py"), *as_flags(settings)]
-    process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while latest_checkpoint(run) is None and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and latest_checkpoint(run) is not None
-    assert not (run / "export").exists()
+    settings = as_flags({**TOY, **flags(rooms, bases, run)})
+    variables = environment() | {"RUN": str(run)}
+    command = [sys.executable, "-c", KILLED_IN_ITS_FOURTH_STEP, *settings]
+    assert subprocess.run(command, env=variables, capture_output=True).returncode == -signal.SIGKILL
+    assert latest_checkpoint(run) is not None and not (run / "export").exists()
+    command = [sys.executable, str(ROOT / "finetune.py"), *settings]
     subprocess.run(command, env=environment(), check=True, capture_output=True)
     assert_same_run(run, finished)
 
@@ -236,10 +280,10 @@ def logits_of(model, tokenizer):
 
 
 @pytest.mark.parametrize("base", ["ours", "gpt2"])
-def test_lora_leaves_an_adapter_and_merging_changes_no_logit(rooms, bases, tmp_path, tokenizer, base):
+def test_lora_exports_whole_weights_with_its_adapter_beside_them(rooms, bases, tmp_path, tokenizer, base):
     run = tmp_path / "run"
     settings = {**flags(rooms, bases, run, base), "method": "lora", "max_steps": 3, "learning_rate": 0.03}
-    finetune_here(**settings)
+    finetune_here(**settings, merge="false")
     export, checkpoint = run / "export", load_file(latest_checkpoint(run) / "model.safetensors")
     assert (export / "adapter_model.safetensors").exists() and not (export / "model.safetensors").exists()
     # PEFT's card is a form to fill in, and release.card would respect it: this one is ours.
@@ -248,16 +292,66 @@ def test_lora_leaves_an_adapter_and_merging_changes_no_logit(rooms, bases, tmp_p
     adapted = AutoModelForCausalLM.from_pretrained(export)
     expected = logits_of(adapted, tokenizer)
     assert not torch.equal(expected, logits_of(AutoModelForCausalLM.from_pretrained(bases / base), tokenizer))
-    finetune_here(**settings, merge="true")  # the run is complete: this only merges
-    assert (run / "adapter" / "adapter_config.json").exists() and not (
-        export / "adapter_config.json"
-    ).exists()
+    finetune_here(**settings)  # the run is complete: this only merges
+    assert is_adapter(run / "adapter") and not is_adapter(export)
     merged = AutoModelForCausalLM.from_pretrained(export)
     # x @ (W + BA) against x @ W + x @ BA, in float32.
     torch.testing.assert_close(logits_of(merged, tokenizer), expected, rtol=1e-4, atol=1e-5)
+    kept = AutoModelForCausalLM.from_pretrained(run / "adapter")
+    torch.testing.assert_close(logits_of(kept, tokenizer), expected, rtol=0, atol=0)
+    assert AutoTokenizer.from_pretrained(export).eos_token_id == 299
+
+
+@pytest.mark.parametrize(("base", "merge"), [("ours", "true"), ("gpt2", "true"), ("gpt2", "false")])
+def test_loras_export_writes_in_one_line_by_its_own_defaults_from_any_folder(
+    rooms, bases, tmp_path, monkeypatch, base, merge
+):
+    """transformers reads an adapter's generation config beside its base; that once was the untuned one, and a
+    base named by a relative path was looked for on the Hub."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(bases / base, "base-of-mine")
+    settings = {**flags(rooms, bases, "run"), "model": "base-of-mine", "method": "lora", "max_steps": 2}
+    finetune_here(**settings, merge=merge, sample_temperature=0.6)
+    assert is_adapter(Path("run/export")) == (merge == "false")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    write = pipeline("text-generation", model=str(tmp_path / "run" / "export"), trust_remote_code=True)
+    config = write.model.generation_config
+    assert config.do_sample and config.temperature == 0.6 and config.top_p == 0.95
     assert (
-        merged.generation_config.max_new_tokens and AutoTokenizer.from_pretrained(export).eos_token_id == 299
+        config.repetition_penalty == 1.05 and config.eos_token_id == 299 and 0 < config.max_new_tokens <= 64
     )
+    prompt = build_prompt(place="stair", features=["rope"])
+    assert write(prompt)[0]["generated_text"].startswith(prompt)
+    alone = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "run" / ("adapter" if merge == "true" else "export")
+    )
+    assert alone.peft_config  # its base was found
+
+
+def test_an_adapter_of_an_unconverted_base_says_whose_settings_it_writes_by(rooms, bases, tmp_path, capsys):
+    finetune_here(**flags(rooms, bases, tmp_path / "run"), method="lora", max_steps=1, merge="false")
+    assert "An adapter alone writes by its base's generation config" in capsys.readouterr().out
+    config = json.loads((tmp_path / "run" / "export" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(bases / "ours")
+
+
+def test_a_merge_that_a_kill_cut_short_or_that_comes_again_ends_as_it_should(rooms, bases, tmp_path):
+    """The adapter was once moved onto the folder of an earlier one, which the system refuses."""
+    run = tmp_path / "run"
+    settings = {**flags(rooms, bases, run), "method": "lora", "eval_every_steps": 1}
+    finetune_here(**settings, max_steps=2)
+    whole = (run / "export" / "model.safetensors").read_bytes()
+    adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run / "export")  # as a kill leaves it between moving the adapter and writing the whole
+    finetune_here(**settings, max_steps=2)
+    assert (run / "export" / "model.safetensors").read_bytes() == whole
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    finetune_here(**settings, max_steps=3, allow_change="true")  # goes on, and merges again
+    assert (run / "export" / "model.safetensors").read_bytes() != whole and not is_adapter(run / "export")
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() != adapter
+    assert (run / "export-previous-1" / "model.safetensors").read_bytes() == whole
+    assert all(is_adapter(run / f"adapter-previous-{number}") for number in (1, 2))
 
 
 # Distillation
@@ -337,6 +431,68 @@ def test_a_distilled_run_learns_and_a_cached_teacher_changes_no_bit(rooms, bases
     assert told["after"]["rooms"] < told["before"]["rooms"]
 
 
+def test_a_teacher_is_heard_in_its_own_precision(rooms, bases, tmp_path):
+    settings = {"method": "distill", "teacher": bases / "bfloat16", "teacher_cache": tmp_path / "cache"}
+    finetune_here(**flags(rooms, bases, tmp_path / "run"), **settings)
+    told = json.loads((tmp_path / "run" / "finetuning.json").read_text())
+    assert told["after"]["rooms"] < told["before"]["rooms"]
+    states = [load_file(file)["states"] for file in (tmp_path / "cache").glob("*.safetensors")]
+    assert states and {tensor.dtype for tensor in states} == {torch.bfloat16}
+
+
+def test_rows_are_such_as_the_teacher_can_read(rooms, bases, tmp_path, capsys):
+    """Only the student was asked once: a shorter teacher ended in an index error, and one that carries a
+    state taught what other rooms of the row had told it."""
+    fits = {"method": "distill", "max_steps": 1, "block_size": 128}
+    for teacher, message in (
+        ("short", ""),
+        ("mamba", "A MambaForCausalLM would read one packed room in the next"),
+    ):
+        run = tmp_path / teacher
+        finetune_here(**flags(rooms, bases, run), **fits, teacher=bases / teacher)
+        assert (run / "export").exists() and message in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        finetune_here(
+            **flags(rooms, bases, tmp_path / "packed"), **fits, teacher=bases / "mamba", packing="yes"
+        )
+    assert "--packing yes: a MambaForCausalLM would read" in " ".join(capsys.readouterr().err.split())
+    long = tmp_path / "long.jsonl"
+    long.write_text(
+        "".join(json.dumps({**room(n), "description": f"rope {n} " * 20}) + "\n" for n in range(40))
+    )
+    with pytest.raises(SystemExit):
+        finetune_here(**flags(rooms, bases, tmp_path / "long", data=long), **fits, teacher=bases / "short")
+    assert re.search(
+        r"longer than the context of 64 tokens .*teacher", " ".join(capsys.readouterr().err.split())
+    )
+
+
+def test_two_runs_may_fill_one_teacher_cache(bases, tmp_path):
+    """Both once wrote a row under the same temporary name, and the second found it taken."""
+    ids = torch.randint(0, 299, (1, 20))
+
+    def distillation():
+        teacher = GPTScratchForCausalLM.from_pretrained(bases / "teacher")
+        return Distillation(teacher, vocabulary=300, share=0.5, temperature=2.0, cache=tmp_path)
+
+    states = distillation().teacher_states({"input_ids": ids})
+    (file,) = tmp_path.iterdir()
+    file.rename(file.with_suffix(".tmp"))  # as another run has it that is about to rename it
+    torch.testing.assert_close(distillation().teacher_states({"input_ids": ids}), states, rtol=0, atol=0)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".tmp"}
+    start = threading.Barrier(4)
+
+    def fill(objective):
+        start.wait()
+        for seed in range(5):
+            rows = torch.randint(0, 299, (2, 20), generator=torch.Generator().manual_seed(seed))
+            objective.teacher_states({"input_ids": rows})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(fill, [distillation() for _ in range(4)]))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 + 10
+
+
 # What cannot be
 
 
@@ -348,7 +504,8 @@ def test_a_distilled_run_learns_and_a_cached_teacher_changes_no_bit(rooms, bases
         ({"teacher": "teacher"}, "--teacher and --teacher_cache are for --method distill, not full"),
         ({"base": "llama", "convert": "yes"}, "holds a model of type 'llama', and only stock GPT-2"),
         ({"base": "llama"}, "--dropout 0.1 is for GPT-2s"),
-        ({"merge": "true"}, "--merge is for --method lora; full has nothing to merge"),
+        ({"merge": "false"}, "--merge false is for --method lora; full has no adapter to export alone"),
+        ({"base": "endless"}, "tokenizer has no end token"),
         ({"method": "lora", "lora_targets": "c_attn"}, "c_attn: no layer .* It has c_fc, c_proj, k_proj"),
         ({"base": "nowhere"}, "no model at --model .*Train the demo first"),
         (
@@ -357,6 +514,7 @@ def test_a_distilled_run_learns_and_a_cached_teacher_changes_no_bit(rooms, bases
         ),
         ({"n_layer": 3, "tokenizer": "x"}, "n_layer, tokenizer: decided by the base"),
         ({"columns": "text"}, "columns text: give OURS=THEIRS"),
+        ({"columns": "seting=place"}, "--columns seting: no field is called so"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_written(rooms, bases, tmp_path, capsys, changes, message):
@@ -374,7 +532,7 @@ def test_what_cannot_be_is_said_before_anything_is_written(rooms, bases, tmp_pat
 
 def test_an_adapter_of_another_model_is_not_merged(rooms, bases, tmp_path, capsys):
     run = tmp_path / "run"
-    finetune_here(**flags(rooms, bases, run), method="lora", max_steps=2)
+    finetune_here(**flags(rooms, bases, run), method="lora", max_steps=2, merge="false")
     with pytest.raises(SystemExit):  # a larger base under a finished run's adapter
         finetune_here(
             **flags(rooms, bases, run, "llama"),

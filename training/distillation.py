@@ -1,6 +1,8 @@
 """Learning from a larger model's probabilities (Hinton et al. 2015), without either model's whole logits."""
 
 import hashlib
+import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -142,21 +144,25 @@ class Distillation:
                     states = load_file(file, device=str(device))["states"]
                 else:
                     states = last_hidden_states(self.teacher, row)[0].contiguous()
-                    temporary = file.with_suffix(".tmp")
-                    write_safetensors(temporary, {"states": states.cpu()})
-                    temporary.rename(file)
+                    # Of a name of its own: another run may be writing the same row just now.
+                    temporary = file.with_name(f"{uuid.uuid4().hex}.tmp")
+                    try:
+                        write_safetensors(temporary, {"states": states.cpu()})
+                        os.replace(temporary, file)
+                    finally:
+                        temporary.unlink(missing_ok=True)
                 rows.append(states)
             return torch.cat(rows)
 
 
-def build_distillation(settings: FinetuneSettings, model: Any, vocabulary: int) -> Distillation:
-    """The objective of --method distill; the tokenizers of `model` and the teacher are the same.
+def load_teacher(settings: FinetuneSettings) -> Any:
+    """The model of --teacher, in its own type.
 
     Raises:
-        SettingsError: if the teacher cannot be loaded, or either model's logits are not a plain product.
+        SettingsError: if it cannot be loaded.
     """
     try:
-        teacher = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             settings.teacher,
             dtype="auto",
             trust_remote_code=settings.trust_remote_code,
@@ -164,6 +170,14 @@ def build_distillation(settings: FinetuneSettings, model: Any, vocabulary: int) 
         )
     except (OSError, ImportError) as error:
         raise SettingsError(f"--teacher {settings.teacher} cannot be loaded: {error}") from error
+
+
+def build_distillation(settings: FinetuneSettings, model: Any, teacher: Any, vocabulary: int) -> Distillation:
+    """The objective of --method distill; the tokenizers of `model` and `teacher` are the same.
+
+    Raises:
+        SettingsError: if either model's logits are not a plain product.
+    """
     for name, one in ((settings.model, model), (settings.teacher, teacher)):
         check_head(one, name)
     return Distillation(

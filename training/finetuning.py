@@ -50,7 +50,7 @@ class FinetuneSettings(TrainSettings):
     general_data: str = setting(
         "",
         "text by which forgetting is measured: a folder of token shards or any source of data.prepare; empty "
-        "takes what the base was trained on, if it lies beside it",
+        "takes what the base was trained on, if it lies beside it, or else documentation (python-docs)",
     )
     general_bytes: int = setting(60_000, "how much of that text", "bytes", at_least=1000)
     # Method
@@ -66,7 +66,9 @@ class FinetuneSettings(TrainSettings):
         ("all-linear",), "names of the layers that get one; all-linear is each but the head", changes_run=True
     )
     merge: bool = setting(
-        False, "with lora, export merged weights instead of the adapter (kept in the folder `adapter`)"
+        True,
+        "with lora, export whole weights, the adapter beside them in the folder `adapter`; false exports the "
+        "adapter alone",
     )
     teacher: str = setting("", "with distill, the larger model to learn from", changes_run=True)
     teacher_weight: float = setting(
@@ -102,10 +104,14 @@ class FinetuneSettings(TrainSettings):
             problems.append(f"--teacher and --teacher_cache are for --method distill, not {self.method}")
         if self.method == "lora" and self.hub_strategy == "every_save":
             problems.append("hub_strategy every_save: a checkpoint of LoRA is no model to load; only end is")
-        if self.method != "lora" and self.merge:
-            problems.append(f"--merge is for --method lora; {self.method} has nothing to merge")
+        if self.method != "lora" and not self.merge:
+            problems.append(
+                f"--merge false is for --method lora; {self.method} has no adapter to export alone"
+            )
         if wrong := [pair for pair in self.columns if "=" not in pair]:
             problems.append(f"columns {' '.join(wrong)}: give OURS=THEIRS, as description=text")
+        elif len(self.column_names()) < len(self.columns):
+            problems.append(f"columns {' '.join(self.columns)}: one of our names is given twice")
         return problems
 
     def column_names(self) -> dict[str, str]:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits in float32 of the same computation in another order; what leaks moves them a hundred times as much.
-TOLERANCE = 1e-3
+# Difference of logits, as a share of their size, between two computations of the same thing: rounding stays
+# below, and what leaks from another text is above. In the half types rounding alone is up to a hundredth.
+TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
 
 
 @torch.no_grad()
@@ -21,8 +22,8 @@ def keeps_texts_apart(model: Any, block: Mapping[str, Tensor]) -> bool:
     if len(starts) < 2:
         return True
     start, end = starts[1], [*starts, len(block["input_ids"])][2]
-    device = next(model.parameters()).device
-    ids, positions = (block[name][:end][None].to(device) for name in ("input_ids", "position_ids"))
+    weight = next(model.parameters())
+    ids, positions = (block[name][:end][None].to(weight.device) for name in ("input_ids", "position_ids"))
     was_training = model.training
     model.eval()
     try:
@@ -32,4 +33,7 @@ def keeps_texts_apart(model: Any, block: Mapping[str, Tensor]) -> bool:
         return False
     finally:
         model.train(was_training)
-    return torch.allclose(together.float(), alone.float(), atol=TOLERANCE, rtol=TOLERANCE)
+    # What all words of a position have in common changes no probability, and would hide what differs.
+    together, alone = (logits.float() - logits.float().mean(-1, keepdim=True) for logits in (together, alone))
+    tolerance = TOLERANCE if weight.dtype == torch.float32 else HALF_TOLERANCE
+    return bool((together - alone).norm() <= tolerance * alone.norm())

@@ -6,10 +6,12 @@ Prints what is wrong, row by row, then the counts that the card quotes; exits wi
 import argparse
 import hashlib
 import json
+import math
 import re
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,10 @@ LEAST_SETTINGS = 30
 LARGEST_SHARE_OF_A_SETTING = 0.06
 LARGEST_SHARE_OF_A_FIRST_WORD = 0.12
 LARGEST_SHARE_OF_A_SHAPE = 0.05
+LEAST_SHARE_BY_FEATURES = {1: 0.15, 3: 0.25}  # of the rooms, so many at least have one feature, and three
+# Cosine of two rooms' words, each weighed by how rare it is: above, they are one idea twice.
+LARGEST_LIKENESS = 0.3
+COMMON_WORD = 0.1  # of the rooms; words in more of them say nothing of one
 SHORT_SENTENCE, LONG_SENTENCE = 7, 18  # words, by which shapes are told apart
 
 # Whole settings that training never sees …
@@ -53,13 +59,19 @@ FUNCTION_WORDS = frozenset(
     )
 )
 FIRST_PERSON = re.compile(r"(?<![\w-])(I|I'm|I've|me|my|we|we're|us|our|ours)(?![\w-])")
+# "a owl", "an cane". Before u the sound decides, as it does in "a one-armed man" and "an hour".
+WRONG_ARTICLE = re.compile(
+    r"\ba (?!onc?e\b|eu|ewe|and\b)[aeio]\w+|\ban (?!hour|honest|honour|heir)[bcdfghjklmnpqrstvwyz]\w+",
+    re.IGNORECASE,
+)
+NO_BLANK = re.compile(r"[^\W\d_]{2,}[.,;:!?][^\W\d_]+|[^\W\d_][.!?][”\"][^\W\d_]")
 QUOTED = re.compile(r"[\"“][^\"”]*[\"”]|\*[^*]+\*")
 
 
 def stem(word: str) -> str:
-    """Plural and verb endings off."""
+    """Plural and verb endings off, and a last e, which they replace."""
     word = word.replace("'s", "").strip("'")
-    for ending in ("ing", "ied", "ies", "ed", "es", "s", "y"):
+    for ending in ("ing", "ied", "ies", "ed", "es", "s", "y", "e"):
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             return word[: -len(ending)]
     return word
@@ -89,7 +101,7 @@ def read_rows(folder: Path) -> Iterator[tuple[str, str, Any]]:
     """(split, where, row) of every line; a row that is no JSON is None."""
     for split in SPLITS:
         path = folder / f"{split}.jsonl"
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
             try:
                 yield split, f"{path.name}:{number}", json.loads(line)
             except json.JSONDecodeError:
@@ -129,8 +141,30 @@ def text_problems(row: dict[str, Any]) -> Iterator[str]:
             missing = [w for w in words(asked) if w not in FUNCTION_WORDS and stem(w) not in stems]
             if missing:
                 yield f"does not mention {', '.join(missing)} of {name} {asked!r}"
+    for name in ("title", "description"):
+        for fault, pattern in (("has a wrong article", WRONG_ARTICLE), ("lacks a blank", NO_BLANK)):
+            if found := pattern.search(row[name]):
+                yield f"{fault} in its {name}: {found[0]!r}"
     if found := FIRST_PERSON.search(QUOTED.sub("", description)):
         yield f"speaks in the first person outside quotations: {found[0]!r}"
+
+
+def alike(texts: Sequence[str]) -> Iterator[tuple[int, int, float]]:
+    """Pairs of texts over LARGEST_LIKENESS: the cosine of their stems, each weighed by its rarity."""
+    counts = [Counter(stem(word) for word in words(text)) for text in texts]
+    in_texts = Counter(word for count in counts for word in count)
+    having: dict[str, list[tuple[int, float]]] = defaultdict(list)  # by stem: text, weight
+    for number, count in enumerate(counts):
+        weights = {w: (1 + math.log(n)) * math.log(len(texts) / in_texts[w]) for w, n in count.items()}
+        length = math.sqrt(sum(weight**2 for weight in weights.values())) or 1.0
+        for word, weight in weights.items():
+            if 1 < in_texts[word] <= COMMON_WORD * len(texts):
+                having[word].append((number, weight / length))
+    likeness: dict[tuple[int, int], float] = defaultdict(float)
+    for found in having.values():
+        for (one, weight), (other, its_weight) in combinations(found, 2):
+            likeness[one, other] += weight * its_weight
+    yield from sorted((*pair, value) for pair, value in likeness.items() if value > LARGEST_LIKENESS)
 
 
 def check(rows: Iterable[tuple[str, str, Any]]) -> tuple[list[str], dict[str, Any]]:
@@ -151,11 +185,11 @@ def check(rows: Iterable[tuple[str, str, Any]]) -> tuple[list[str], dict[str, An
     runs: dict[tuple[str, ...], str] = {}
     stock = {tuple(words(phrase)) for phrase in STOCK_PHRASES}
     first_words, shapes, settings = Counter[str](), Counter[tuple[str, ...]](), Counter[str]()
-    vocabulary: set[str] = set()
+    vocabulary = Counter[str]()  # rows that have the word
     lengths = []
     for _, where, row in good:
         text = words(row["description"])
-        vocabulary.update(text)
+        vocabulary.update(set(text))
         lengths.append(len(row["description"].split()))
         settings[row["setting"]] += 1
         first_words[text[0] if text else ""] += 1
@@ -170,7 +204,23 @@ def check(rows: Iterable[tuple[str, str, Any]]) -> tuple[list[str], dict[str, An
             if runs.setdefault(run, where) != where:
                 problems.append(f"{where}: shares {' '.join(run)!r} with {runs[run]}")
 
+    pairs: dict[frozenset[str], str] = {}
+    for _, where, row in good:
+        for pair in map(frozenset, combinations({feature.lower() for feature in row["features"]}, 2)):
+            if (first := pairs.setdefault(pair, where)) != where:
+                problems.append(f"{where}: has the features {' and '.join(sorted(pair))} of {first}")
+        for word in set(words(row["description"])):  # "andwants", as rewriting leaves it
+            rare = vocabulary[word] == 1 and word != "andiron"
+            if rare and word.startswith("and") and vocabulary[word[3:]] > 1:
+                problems.append(f"{where}: lacks a blank in {word!r}")
+    for one, other, likeness in alike([f"{row['title']} {row['description']}" for _, _, row in good]):
+        problems.append(f"{good[other][1]}: is too like {good[one][1]}, {likeness:.2f}")
+
     total = max(1, len(good))
+    for count, least in LEAST_SHARE_BY_FEATURES.items():
+        share = sum(len(row["features"]) == count for _, _, row in good) / total
+        if share < least:
+            problems.append(f"all: {share:.1%} of the rows have {count} feature(s), under {least:.0%}")
     for name, counts, limit in (
         ("setting", settings, LARGEST_SHARE_OF_A_SETTING),
         ("first word", first_words, LARGEST_SHARE_OF_A_FIRST_WORD),
