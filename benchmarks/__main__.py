@@ -62,9 +62,14 @@ def listing() -> str:
 
 
 def report_of(folder: Path) -> str:
-    """The page that the results in `folder` make, in the order of the list."""
-    order = {benchmark.name: number for number, benchmark in enumerate(BENCHMARKS)}
-    files = sorted(folder.glob("*.json"), key=lambda file: (order.get(file.stem, len(order)), file.stem))
+    """The page that the results in `folder` make, in the list's order: `NAME.json` before `NAME_*.json`."""
+    names = [benchmark.name for benchmark in BENCHMARKS]
+
+    def place(file: Path) -> tuple[int, str]:
+        own = (number for number, name in enumerate(names) if file.stem.startswith(name))
+        return next(own, len(names)), file.stem
+
+    files = sorted(folder.glob("*.json"), key=place)
     return "\n".join([INTRODUCTION, *(read_result(file).as_markdown() for file in files)])
 
 
