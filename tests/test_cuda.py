@@ -180,10 +180,10 @@ def losses(run_dir: Path) -> list[float]:
     return [line["loss"] for line in metrics_of(run_dir) if "loss" in line]
 
 
-def test_by_itself_a_run_takes_bfloat16_and_compiles(shards, tmp_path):
-    settings = {"mixed_precision": "auto", "compile": "auto", "sample_every_steps": 4, "max_steps": 40}
+def test_a_run_takes_bfloat16_by_itself_and_samples_while_compiled(shards, tmp_path):
+    settings = {"mixed_precision": "auto", "compile": "whole", "sample_every_steps": 4, "max_steps": 40}
     said = run("single_gpu.yaml", shards=shards, run_dir=tmp_path / "run", **settings)
-    assert "precision bf16 (the GPU has it in hardware); torch.compile whole" in said
+    assert "precision bf16 (the GPU has it in hardware); torch.compile whole (as asked)" in said
     found = losses(tmp_path / "run")
     assert len(found) == 40 and found[-1] < found[0] - 0.5
 
@@ -191,7 +191,7 @@ def test_by_itself_a_run_takes_bfloat16_and_compiles(shards, tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_run_stopped_after_every_step_matches_an_unbroken_one_bit_for_bit(shards, tmp_path, precision):
     settings = {"shards": shards, "mixed_precision": precision, "deterministic": True, "max_steps": 3}
-    settings |= {"dropout": 0.1, "compile": "auto"}
+    settings |= {"dropout": 0.1, "compile": "whole"}
     run("single_gpu.yaml", run_dir=tmp_path / "unbroken", **settings)
     for _ in range(3):
         run("single_gpu.yaml", run_dir=tmp_path / "broken", **settings, max_minutes=1e-9)
@@ -204,7 +204,7 @@ def test_a_run_stopped_after_every_step_matches_an_unbroken_one_bit_for_bit(shar
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_fsdp2_of_one_process_trains_as_one_process_does(shards, tmp_path, optimizer):
-    settings = {"shards": shards, "mixed_precision": "bf16", "compile": "auto", "optimizer": optimizer}
+    settings = {"shards": shards, "mixed_precision": "bf16", "compile": "whole", "optimizer": optimizer}
     said = {
         config: run(f"{config}.yaml", run_dir=tmp_path / config, **settings)
         for config in ("single_gpu", "fsdp2")
