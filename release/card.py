@@ -102,6 +102,8 @@ def is_empty_form(card: str) -> bool:
 
 def keep_owners_words(card: str, before: str) -> str:
     """`card`, one of ours, with the licence and the language that `before` names, where it names none."""
+    if not before.startswith("---"):  # it has no metadata, of which the reader would warn
+        return card
     told: Any = ModelCard(card).data
     kept: Any = ModelCard(before, ignore_metadata_errors=True).data
     names = ["language"] * (told.language is None)
