@@ -21,7 +21,7 @@ from .modeling_gpt_scratch import (
     linear_cross_entropy,
 )
 
-__version__ = "0.1.0"  # the one place; pyproject.toml, CITATION.cff's test and CHANGELOG.md's go by it
+__version__ = "0.2.0"  # the one place; pyproject.toml, CITATION.cff's test and CHANGELOG.md's go by it
 
 # `register` makes Auto classes find our code without trust_remote_code; `register_for_auto_class` makes
 # save_pretrained copy the code files beside the weights. Here and not in the files that travel: a
