@@ -22,8 +22,8 @@ from training.settings import OwnSettingsError, SettingsError
 from training.sharding import is_sharding_asked_for, sharding_plugin
 from training.trackers import check_trackers
 
-# Below this, compiling (about a minute) costs more than it brings. On an H200 it brings a third: fine-tuning 124M
-# on the bundled rooms, 1e15, waited a minute for the compiler to save two seconds.
+# Below this, compiling (about a minute) costs more than it brings. On an H200 that is a third: fine-tuning
+# 124M on the bundled rooms, 1e15, waited a minute there to save two seconds.
 COMPILE_MINIMUM_FLOPS = {"cpu": 1e15, "cuda": 5e15}
 # Parameters of glibc's mallopt (malloc.h), and the largest tensor that its heap takes, in bytes.
 MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_THRESHOLD = -1, -3
