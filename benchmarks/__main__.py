@@ -21,7 +21,8 @@ PAGE = ROOT / "benchmarks" / "RESULTS.md"
 INTRODUCTION = """# Results
 
 Made from `benchmarks/results/*.json` by `python -m benchmarks --report`. Each section is one command on one
-machine; contenders took turns in it. Read ratios, not absolute times: machines differ, and so do days.
+machine, or one for each shape; contenders took turns in it. Read ratios, not absolute times: machines differ,
+and so do days.
 """
 
 

@@ -205,7 +205,9 @@ def best_of(title: str, figures: list[dict], name: str = OURS) -> list[str]:
 def main() -> None:
     parser = benchmark_parser(str(__doc__))
     parser.add_argument("--rounds", type=int, default=5, help="turns of every contender")
-    parser.add_argument("--steps", type=int, default=3, help="of a turn; their median counts")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="of a turn; their median counts, on a GPU their mean"
+    )
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--compile", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--shapes", metavar="TEXT", default="", help="only shapes whose title has this in it")
@@ -220,7 +222,10 @@ def main() -> None:
     if arguments.quick:
         arguments.rounds, arguments.steps = 2, 1
         arguments.compile, arguments.precisions = ["eager"], ["bf16"]
-    shapes = TOY if arguments.quick else SHAPES["cuda" if arguments.device == "cuda" else "cpu"]
+    known = TOY if arguments.quick else SHAPES["cuda" if arguments.device == "cuda" else "cpu"]
+    shapes = {title: shape for title, shape in known.items() if arguments.shapes in title}
+    if not shapes:
+        parser.error(f"--shapes {arguments.shapes}: none of {', '.join(known)}")
     why = {name: why_missing(name, arguments.device, arguments.peers) for name in CONTENDERS}
     names = [name for name in CONTENDERS if not why[name]]
     torch.set_num_threads(arguments.threads)
@@ -238,8 +243,6 @@ def main() -> None:
         result.about += f" Limits here, {arguments.threads} threads: {describe_limits(limits)}."
         summary = []
         for title, shape in shapes.items():
-            if arguments.shapes not in title:
-                continue
             figures = []
             for precision in arguments.precisions:
                 figures += compare(shape, precision, names, arguments)

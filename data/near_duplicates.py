@@ -12,6 +12,7 @@ import resource
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,8 @@ class WholeOrNot(PipelineStep):
     def run(self, data: Iterable[PipedDocument] | None, rank: int = 0, world_size: int = 1) -> None:
         # A task of the second stage has a file of every part open at once.
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        with suppress(ValueError, OSError):  # macOS takes no limit without end
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         report = Report(self.progress / f"{rank:05d}.progress", self.owner)
         temporary = self.folder.with_name(f"{self.folder.name}.{rank}.{os.getpid()}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)

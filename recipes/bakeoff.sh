@@ -80,7 +80,7 @@ run distill "distilled from $teacher" "$taught" --method distill --teacher "$tea
 written=${WRITTEN:-$OUT/written.jsonl}
 [ -f "$written" ] || python benchmarks/bakeoff.py write --model "$teacher" --count "$WRITE" \
     --max_new_tokens "$NEW_TOKENS" --output "$written" --metrics "$OUT/written.metrics.jsonl"
-[ -n "$WRITTEN" ] || taught="$taught written.metrics.jsonl"
+if [ -n "$WRITTEN" ]; then taught=""; else taught="$taught written.metrics.jsonl"; fi
 run sequence "bundled rooms + rooms written by the teacher" "$taught" --data dungeons "$written"
 
 python benchmarks/bakeoff.py fit --model "$BASE" --count "$ROOMS" --max_new_tokens "$NEW_TOKENS" --output "$OUT/test.jsonl"

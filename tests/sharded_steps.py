@@ -18,7 +18,7 @@ from training.device import start_accelerator
 from training.objective import count_targets, language_modeling_loss
 from training.optimizer import build_optimizer
 from training.recipe import TrainSettings
-from training.sharding import head_beside_embedding
+from training.sharding import prepare
 from training.weights import whole
 
 # Rows of a process. 1,024 tokens: enough for the loss to be taken in several chunks.
@@ -54,8 +54,7 @@ def main() -> None:
 
     model = toy()
     optimizer = build_optimizer(model, settings)
-    with head_beside_embedding(model):
-        model, _ = accelerator.prepare(model, optimizer)
+    model, _ = prepare(accelerator, model, optimizer)
 
     def gradient(micro_batches: int) -> tuple[Tensor, Tensor]:
         """That of the whole batch, and its loss, from so many pieces a process."""

@@ -187,6 +187,17 @@ def test_a_fitted_length_outlives_the_process(accelerator, tmp_path):
     assert 80 < slow.state.step < 97 and slow.state.elapsed_seconds < 10.02
 
 
+def test_a_length_that_grew_is_resumed_with_the_warm_up_that_it_had(accelerator, tmp_path):
+    """It was once the longer run's own again, and the resumed run's rate not the unbroken one's."""
+    budget = {**MONEY, "budget_usd": 100.0, "warmup_steps": 200}
+    settings = TrainSettings(**budget, eval_every_steps=50, save_every_steps=10)
+    seconds = {"step_seconds": lambda step: 0.2 if step < 20 else 0.05}
+    first = Course(accelerator, tmp_path, settings, **seconds, validation_seconds=0.1).go(120)
+    assert first.grown and first.length.settings.warmup_steps < 200
+    again = Course(accelerator, tmp_path, settings, **seconds, state=first.state)
+    assert again.length.settings == first.length.settings
+
+
 def test_tokens_and_money_together_end_where_the_first_of_them_does(accelerator, tmp_path):
     settings = TrainSettings(
         **MONEY, budget_usd=1e6, budget_tokens=524_288 * 40, save_every_steps=5, warmup_steps=2

@@ -19,13 +19,15 @@ from training.device import (
     choose_precision,
     computes_in_fp8,
     fp8_recipe,
+    start_accelerator,
 )
 from training.export import export_model
 from training.objective import count_targets, language_modeling_loss
 from training.optimizer import build_optimizer
 from training.recipe import TrainSettings
 from training.settings import SettingsError
-from training.weights import named_weights
+from training.sharding import prepare
+from training.weights import bare_model, named_weights
 
 
 @pytest.fixture
@@ -113,6 +115,18 @@ def test_long_runs_are_compiled_on_cpus_and_gpus(compilers):
     assert choose_compilation(MPS, LONG).value == "none"
     for asked in ("none", "regional", "whole"):
         assert choose_compilation(CPU, replace(SHORT, compile=asked)).value == asked
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("compile", ["none", "regional", "whole"])
+def test_a_prepared_model_names_its_embedding_and_its_head(compile):
+    """Compiled by blocks without FSDP2 it once named none, and the first HellaSwag score ended the run."""
+    settings = TrainSettings(mixed_precision="no", compile=compile, cpu_threads=1)
+    accelerator, _ = start_accelerator(settings)
+    given = toy_model()
+    model, _ = prepare(accelerator, given, build_optimizer(given, settings))
+    for found in (given, bare_model(accelerator, model)):
+        assert found.get_input_embeddings().weight is found.get_output_embeddings().weight
 
 
 def test_the_compiler_that_is_looked_for_is_the_one_that_will_be_called(compilers, monkeypatch):

@@ -59,8 +59,8 @@ class RunLength:
         recorded = broadcast_object_list([self._recorded() if accelerator.is_main_process else None])[0]
         self._fits = 0
         if self._is_timed and recorded is not None:
-            max_steps, self._fits = recorded
-            self._set(max_steps)
+            max_steps, self._fits, warmup_steps = recorded
+            self._set(max_steps, warmup_steps)
         self._may_grow, self._knows_validation = self._fits == 0, False
         # The step at the last fit and the seconds that were left; the step and training's seconds from which
         # on the rate is taken: all of this start while the length may grow, then what followed the last fit.
@@ -132,7 +132,8 @@ class RunLength:
         if is_first and length < min(self.settings.save_every_steps, self._most_steps):
             return 0, "", self._too_small(state, length)
         try:
-            record = {"max_steps": length, "fits": self._fits, "step": state.step, "budgets": self._budgets}
+            record = {"max_steps": length, "warmup_steps": self._warmup_of(length), "fits": self._fits}
+            record |= {"step": state.step, "budgets": self._budgets}
             replace_file(self._file, json.dumps(record).encode())
         except OSError as error:  # a run that is resumed before the next fit makes its own
             text += " " + explain_write_error(error, "The run's length", self._file.parent)
@@ -170,10 +171,13 @@ class RunLength:
         step, left = self._fitted
         return 2 * (state.step - step) >= self.max_steps - step or 2 * self._seconds_left() <= left
 
-    def _set(self, max_steps: int) -> None:
-        # A warm-up that was meant for a longer run takes a quarter of this one at most.
-        warmup_steps = min(self.settings.warmup_steps, max(1, max_steps // 4))
+    def _set(self, max_steps: int, warmup_steps: int | None = None) -> None:
+        warmup_steps = warmup_steps or self._warmup_of(max_steps)
         self.settings = replace(self.settings, max_steps=max_steps, warmup_steps=warmup_steps)
+
+    def _warmup_of(self, max_steps: int) -> int:
+        """A warm-up meant for a longer run takes a quarter of this one at most, and no more if that grows."""
+        return min(self.settings.warmup_steps, max(1, max_steps // 4))
 
     def _seconds_left(self, keeping: float = 0.0) -> float:
         """Of the budget that ends first, all but the part that is kept."""
@@ -193,11 +197,13 @@ class RunLength:
             f"{wanted / max(1, length):.1f} times the budget, or --save_every_steps {max(1, length // 2):,}"
         )
 
-    def _recorded(self) -> tuple[int, int] | None:
-        """The length that an earlier start fitted to the same budgets, and how often."""
+    def _recorded(self) -> tuple[int, int, int | None] | None:
+        """The length that an earlier start fitted to the same budgets, how often, and its warm-up."""
         try:
             record = json.loads(self._file.read_text(encoding="utf-8"))
             is_of_these = record["budgets"] == self._budgets
-            return (int(record["max_steps"]), int(record["fits"])) if is_of_these else None
+            if not is_of_these:
+                return None
+            return int(record["max_steps"]), int(record["fits"]), record.get("warmup_steps")
         except (OSError, ValueError, KeyError, TypeError):
             return None

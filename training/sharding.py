@@ -1,13 +1,11 @@
 """FSDP2, where the launcher asks for it: what is sharded as one unit, and in which types it travels."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
-from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from training.settings import SettingsError
@@ -46,18 +44,21 @@ def sharding_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
     return plugin
 
 
-@contextmanager
-def head_beside_embedding(model: nn.Module) -> Iterator[None]:
-    """In here Accelerate shards blocks, and leaves embeddings and head to the outermost unit.
+def prepare(accelerator: Accelerator, model: Any, optimizer: Any) -> tuple[Any, Any]:
+    """`accelerator.prepare`; FSDP2 shards blocks, and leaves embeddings and head to the outermost unit.
 
     That unit is gathered once and kept for the whole forward, so the loss can read the head's weight a chunk
     at a time. A unit of their own, which Accelerate would make, is gathered when the head is called: then all
-    logits are there.
+    logits are there. Accelerate does not find what the model does not name.
     """
-    hidden: dict[str, Any] = dict.fromkeys(("get_input_embeddings", "get_output_embeddings"), lambda: None)
-    vars(model).update(hidden)
+    names = ("get_input_embeddings", "get_output_embeddings")
+    vars(model).update(dict.fromkeys(names, lambda: None))
     try:
-        yield
+        prepared, optimizer = accelerator.prepare(model, optimizer)
     finally:
-        for name in hidden:
+        for name in names:
             del vars(model)[name]
+    for module in prepared.modules():  # compiling by blocks copies what the model holds
+        for name in names:
+            vars(module).pop(name, None)
+    return prepared, optimizer

@@ -14,7 +14,7 @@ from training.optimizer import build_optimizer
 from training.recipe import TrainSettings, check_prompts
 from training.run_directory import RunDirectory, data_fingerprint, data_receipt, on_main_process
 from training.settings import settings_as_yaml
-from training.sharding import head_beside_embedding
+from training.sharding import prepare
 
 
 def open_run(
@@ -51,8 +51,7 @@ def open_run(
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = build_optimizer(model, settings)
-    with head_beside_embedding(model):
-        model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = prepare(accelerator, model, optimizer)
     state = TrainState(model, optimizer, data_fingerprint=fingerprint, companions=companions)
     set_seed(settings.seed + accelerator.process_index)  # each process draws its own dropout
     if resumed_from is not None:
