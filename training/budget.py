@@ -132,8 +132,13 @@ class RunLength:
         if is_first and length < min(self.settings.save_every_steps, self._most_steps):
             return 0, "", self._too_small(state, length)
         try:
-            record = {"max_steps": length, "warmup_steps": self._warmup_of(length), "fits": self._fits}
-            record |= {"step": state.step, "budgets": self._budgets}
+            record = {
+                "max_steps": length,
+                "warmup_steps": self._warmup_of(length),
+                "fits": self._fits,
+                "step": state.step,
+                "budgets": self._budgets,
+            }
             replace_file(self._file, json.dumps(record).encode())
         except OSError as error:  # a run that is resumed before the next fit makes its own
             text += " " + explain_write_error(error, "The run's length", self._file.parent)
