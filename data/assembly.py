@@ -37,8 +37,10 @@ def is_no_room(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             return True
-        # tokenizers writes its file in Rust, and only the text of its error says why that failed.
-        if type(error) is Exception and any(f"os error {code})" in str(error) for code in NO_ROOM):
+        # tokenizers and the Hub's Xet write files in Rust, and only the text of their errors says why that
+        # failed.
+        is_of_rust = type(error) in (Exception, RuntimeError)
+        if is_of_rust and any(f"os error {code})" in str(error) for code in NO_ROOM):
             return True
         error = error.__cause__ or error.__context__
     return False

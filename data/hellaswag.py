@@ -58,7 +58,10 @@ def load_questions(source: str, *, split: str = "validation", limit: int | None 
         raise ValueError(f"a limit of {limit} questions leaves none; give at least 1")
     path = Path(source)
     if path.is_file():
-        return parse_questions(_numbered_lines(path), limit=limit)
+        try:
+            return parse_questions(_numbered_lines(path), limit=limit)
+        except (lzma.LZMAError, EOFError) as error:
+            raise ValueError(f"{path} is damaged or cut off ({error}); fetch it anew") from error
     if path.suffix in (".jsonl", ".json", ".xz") or source.startswith((".", "/", "~")):
         raise ValueError(
             f"no file {source}; give the official hellaswag_val.jsonl or a Hub id such as {HUB_ID}"

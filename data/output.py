@@ -117,7 +117,7 @@ def kept_so_far(output: Path) -> str:
         return "what has arrived is kept"
     try:
         parts, folders = _parts_of(work)
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, KeyError):  # the last two: an older version's
         return "nothing is encoded yet"
     return f"{sum(folder.exists() for folder in folders):,} of {len(parts):,} parts are encoded"
 
@@ -130,7 +130,7 @@ def disk_full(output: Path) -> DiskFullError:
     free = shutil.disk_usage(output if output.exists() else output.absolute().anchor).free
     try:
         parts, folders = _parts_of(work)
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, KeyError):
         return DiskFullError(
             f"The disk is full: {free / 1e6:,.1f} MB are free at {output}, and nothing is encoded yet. "
             "Make room and run the same command again."

@@ -61,8 +61,9 @@ def plan(settings: PrepareSettings) -> str:
     characters = sum(map(len, texts))
     if settings.near_deduplicate:
         step, few = signing(Path()), "".join(texts)[:SIGNED_CHARACTERS]
-        signed = _seconds(lambda: step.get_signature(step.get_shingles(few))) * characters / len(few)
-        seconds += signed
+        # What has fewer words than one n-gram is not signed.
+        signed = _seconds(lambda: step.get_signature(s) if len(s := step.get_shingles(few)) else None)
+        seconds += signed * characters / len(few)
         steps.append("signed for near duplicates")
     tokens = sum(map(len, ids)) + len(ids)
 

@@ -146,7 +146,7 @@ def _prepare(settings: PrepareSettings, output: Path, work: Path, clock: Clock, 
             dtype=dtype.name,
             shards=tuple(entries),
             settings=settings.content(),
-            origin=origin_of(spec, parts),
+            origin=origin_of(spec, parts[: len(folders)]),  # a limit leaves out the last
             counts=counts,
             tokenizer_files=hashes_of_files(output / TOKENIZER_FOLDER),
             contamination=contamination(questions, folders) if questions else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 import time
@@ -23,6 +24,8 @@ NETWORK_MODULES = (
     "requests",
     "urllib3",
 )
+# What no waiting mends: a disk that is full or not to be written, a folder in a file's place.
+OF_THIS_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
 # Waits before a failed read of a remote file is tried again; together they outlast a server's restart.
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -128,6 +131,8 @@ def _may_pass(error: BaseException) -> bool:
     if is_wrapped and error.__cause__:
         return _may_pass(error.__cause__)
     if isinstance(error, (FileNotFoundError, PermissionError, NotImplementedError, ImportError)):
+        return False
+    if isinstance(error, OSError) and error.errno in OF_THIS_MACHINE:
         return False
     if not isinstance(error, OSError) and not _is_of_the_network(error):
         return False

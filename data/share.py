@@ -190,7 +190,7 @@ def take_set(settings: PrepareSettings, manifest_file: Path) -> Path:
                 _download(settings.spec(), manifest, incoming)
             else:
                 _copy(manifest_file.parent, manifest, incoming)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             if not is_no_room(error):
                 raise
             raise _no_room(manifest, incoming, output) from error

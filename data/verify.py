@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data.files import file_sha256
+from data.output import WORK_FOLDER
 from data.shards import (
     MANIFEST_FILE,
     TOKENIZER_FOLDER,
@@ -67,7 +68,11 @@ def _foreign_files(shard_dir: Path, manifest: Manifest) -> list[str]:
     """What stands in the folder and belongs to no set; `check_files` has named foreign .arrow files."""
     ours = {MANIFEST_FILE, TOKENIZER_FOLDER, *OF_THE_HUB, *(entry.file for entry in manifest.shards)}
     names = {path.name for path in shard_dir.iterdir() if path.suffix != ".arrow"}
-    return [f"{name} is not in {MANIFEST_FILE}." for name in sorted(names - ours)]
+    return [
+        f"{name} is not in {MANIFEST_FILE}."
+        + " The command that made the set, run again, clears it away." * (name == WORK_FOLDER)
+        for name in sorted(names - ours)
+    ]
 
 
 def _count_problems(manifest: Manifest) -> list[str]:

@@ -556,6 +556,14 @@ def test_a_plan_measures_what_the_settings_ask_for(tmp_path, corpus, tokenizer_f
     assert "of one core, to be shared by at most 1 tasks" in cluster
 
 
+def test_a_plan_signs_nothing_where_there_are_no_five_words(tmp_path, tokenizer_folder):
+    (tmp_path / "short.txt").write_text("two words")
+    asked = PrepareSettings(
+        str(tmp_path / "short.txt"), str(tmp_path / "out"), tokenizer_folder, near_deduplicate=True
+    )
+    assert "signed for near duplicates" in plan(asked)
+
+
 def test_a_plan_says_what_would_happen_and_touches_nothing(tmp_path, corpus, tokenizer_folder, capsys):
     before = sorted(tmp_path.rglob("*"))
     flags = ["--source", str(corpus), "--output", str(tmp_path / "out"), "--tokenizer", tokenizer_folder]

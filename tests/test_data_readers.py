@@ -2,6 +2,7 @@
 read.
 """
 
+import errno
 import gzip
 import lzma
 import os
@@ -179,6 +180,7 @@ def test_what_may_pass_is_tried_again_and_said_so(monkeypatch, capsys):
         PermissionError("no"),
         FileNotFoundError("gone"),
         ValueError("ours"),
+        OSError(errno.ENOSPC, "No space left on device"),
     ],
     ids=lambda error: type(error).__name__,
 )

@@ -486,6 +486,14 @@ def test_only_the_official_file_is_called_the_official_one(tmp_path, monkeypatch
     assert origin("me/swag", "test") == {"type": "me/swag", "name": "swag", "split": "test"}
 
 
+def test_a_file_of_questions_that_is_cut_off_is_named(tmp_path):
+    path = tmp_path / "mine.jsonl.xz"
+    for content in (lzma.compress(QUESTIONS.read_bytes())[:-20], b"no xz at all"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"mine\.jsonl\.xz is damaged or cut off"):
+            load_questions(str(path))
+
+
 def test_comparing_with_itself_shows_no_difference_and_a_missing_question_is_an_error(whole):
     scores = whole
     for paired in compare(scores, scores).values():
