@@ -84,7 +84,7 @@ def clone(tmp_path_factory):
         for path in documents():
             for paragraph in path.read_text(encoding="utf-8").split("\n\n"):
                 file.write(json.dumps({"body": paragraph}) + "\n")
-    room = {"title": "Cell", "text": "A wet cell. The straw is fresh, and nobody has slept on it."}
+    room = {"name": "Cell", "text": "A wet cell. The straw is fresh, and nobody has slept on it."}
     (clone / "my_rooms.jsonl").write_text(json.dumps(room) + "\n")
     (clone / "notes.txt").write_text(
         "A stair goes down to a door of slate.\n\nA well, dry since the flood.\n"
