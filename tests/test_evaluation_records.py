@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2LMHeadModel
 
-from data.hellaswag import load_questions, origin
+from data.hellaswag import origin
 from data.tokenizer import gpt2_tokenizer
 from evaluation.hellaswag import summarize
 from evaluation.loading import identify
@@ -29,26 +28,13 @@ from evaluation.records import (
     summary,
 )
 from tests.processes import ROOT, end, run, run_script, start
-from tests.test_evaluation_hellaswag import QUESTIONS, wavy_gpt2
+from tests.test_evaluation_hellaswag import QUESTIONS, accelerator, questions, tokenizer, wavy_gpt2
+
+__all__ = ["accelerator", "questions", "tokenizer"]  # fixtures
 
 SCRIPT = ROOT / "eval_hellaswag.py"
 
 pytestmark = pytest.mark.filterwarnings("ignore:hellaswag.jsonl is not the official")
-
-
-@pytest.fixture(scope="module")
-def accelerator():
-    return Accelerator(cpu=True)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return gpt2_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def questions():
-    return load_questions(str(QUESTIONS))
 
 
 @pytest.fixture(scope="module")
