@@ -44,7 +44,7 @@ class Trackers:
                     self._active += accelerator.trackers
                 except Exception as error:  # no login, no network, …
                     self._warn(
-                        f"log_with: {getattr(name, 'name', name)} could not start, and the run goes on "
+                        f"log_with: {getattr(name, 'value', name)} could not start, and the run goes on "
                         f"without; metrics.jsonl has all numbers. {type(error).__name__}: {error}"
                     )
             accelerator.log_with, accelerator.trackers = names, list(self._active)
