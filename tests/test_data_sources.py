@@ -27,6 +27,7 @@ from data.sources import (
     read_part,
     resolved,
 )
+from modeling_gpt_scratch import __version__
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TEXTS = ["The first room.", "Zweiter Raum: größer.", "第三の部屋"]
@@ -460,6 +461,9 @@ def small_environment(monkeypatch, tmp_path):
     badge = "[![badge](https://img.shields.io/x)](y)"
     readme = f"# Lamps\n\n{badge}\n\nA package of lamps. {words} {words.lower()} {words}"
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: lamps\nVersion: 1.0\n\n{readme}\n")
+    own = tmp_path / "site" / f"gpt_scratch-{__version__}.dist-info"
+    own.mkdir()
+    (own / "METADATA").write_text(f"Metadata-Version: 2.1\nName: gpt-scratch\n\nOurs. {readme}\n")
     library = tmp_path / "lib"
     (library / "pydoc_data").mkdir(parents=True)
     (library / "pydoc_data" / "topics.py").write_text(f"topics = {{'with': {3 * words!r}}}\n")
@@ -470,6 +474,7 @@ def small_environment(monkeypatch, tmp_path):
 def test_the_environments_documentation_is_ordered_deduplicated_and_clean(monkeypatch, tmp_path):
     small_environment(monkeypatch, tmp_path)
     documents = dict(python_documents(processes=2))
+    # Without this project's own page: what is written there must not change the corpus.
     assert list(documents) == ["help/with", "lamps-1.0.dist-info/METADATA", "lamps/a.py"]
     assert "shields.io" not in documents["lamps-1.0.dist-info/METADATA"]
     assert "A package of lamps." in documents["lamps-1.0.dist-info/METADATA"]
@@ -479,6 +484,7 @@ def test_the_environments_documentation_is_ordered_deduplicated_and_clean(monkey
 
 @pytest.mark.slow
 def test_this_environments_documentation_is_plenty_and_reads_as_prose():
-    texts = [text for _, text in python_documents()]
+    names, texts = zip(*python_documents(), strict=True)
+    assert not any("gpt_scratch" in name for name in names)
     assert sum(map(len, texts)) > 8_000_000
     assert len(set(texts)) == len(texts)

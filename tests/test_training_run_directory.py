@@ -147,7 +147,7 @@ except OSError:
     assert state.process_index == 0
 else:
     sys.exit("nobody failed")
-state.destroy_process_group()  # a thread of gloo's that outlives the interpreter ends it by an abort, at times
+state.destroy_process_group()  # a thread of gloo's that outlives the interpreter aborts it, at times
 """
 
 
