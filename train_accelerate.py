@@ -22,7 +22,7 @@ from data.prepare import PrepareSettings, prepare
 from data.provenance import describe_rows
 from data.shards import TokenBlocks
 from data.tokenizer import load_tokenizer
-from evaluation.during_training import questions_to_ask, token_bytes_or_none
+from evaluation.during_training import questions_to_ask, token_bytes_or_none, unless_not_finite
 from evaluation.generation import generate_samples
 from evaluation.hellaswag import evaluate_hellaswag
 from evaluation.language_modeling import evaluate_loss
@@ -154,17 +154,17 @@ def train(
     loader = partial(build_loader, collate=collate, micro_batch_size=rows, rank=rank, world_size=world_size)
     micro_batches = iter(loader(train_set, seed=settings.seed, start_batch=state.rows // rows))
     eval_batches = -(-settings.eval_tokens // (rows * settings.block_size))
-    prompts, temperature = settings.sample_prompts, settings.sample_temperature
     token_bytes = token_bytes_or_none(tokenizer, warn=accelerator.print)
     evaluate = partial(evaluate_loss, token_bytes=token_bytes, max_batches=eval_batches, allow_nan=True)
     validate = partial(evaluate, model, loader(eval_set, seed=None), accelerator)
     average = WeightAverage(accelerator, model, optimizer, settings.ema_decay)
-    sample = partial(generate_samples, accelerator=accelerator, temperature=temperature, seed=0)
-    sample = partial(sample, max_new_tokens=settings.sample_tokens)
     keep = Keep(settings.keep_last, settings.keep_every_steps, settings.keep_best)
     guard = StepGuard(device, state.skipped_steps, state.skipped_in_a_row)
     rows_in_words = partial(describe_rows, train_set, settings.seed)
     journal = Journal(accelerator, run, guard, state, settings, rows_in_words, machine, length)
+    score = partial(unless_not_finite, journal.say, evaluate_hellaswag, styles=["harness"])
+    sample = partial(unless_not_finite, journal.say, generate_samples, accelerator=accelerator, seed=0)
+    sample = partial(sample, max_new_tokens=settings.sample_tokens, temperature=settings.sample_temperature)
     writer = BackgroundWriter(warn=journal.say)
     interruptions = Interruptions(
         accelerator, run_dir, max_minutes=length.stop_minutes, save_every_minutes=settings.save_every_minutes
@@ -220,14 +220,14 @@ def train(
             if samples or scores:
                 check_weights(accelerator, model, state.step)
             if scores:
-                found = evaluate_hellaswag(model, tokenizer, questions, accelerator, styles=["harness"])
-                journal.hellaswag(state, found.accuracy["harness_acc_norm"].value, len(questions))
+                found = score(model, tokenizer, questions, accelerator)
+                journal.hellaswag(state, found and found.accuracy["harness_acc_norm"].value, len(questions))
             if saves and not settings.plan:  # after the validation: its loss says which checkpoint is best
                 save_checkpoint(accelerator, run_dir, state, keep=keep, writer=writer)
                 interruptions.saved()
                 journal.saved()
             if samples:
-                journal.samples(state, prompts, sample(model, tokenizer, prompts))
+                journal.samples(state, sample(model, tokenizer, settings.sample_prompts))
             if evaluates or samples or scores or saves:
                 journal.resume_clock()
         on_main_process(accelerator, writer.finish)

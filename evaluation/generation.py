@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from evaluation.isolation import bare_model, undisturbed
+from evaluation.isolation import NotFiniteError, bare_model, undisturbed
 
 
 class RefuseNaN(LogitsProcessor):
@@ -17,7 +17,7 @@ class RefuseNaN(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # The maximum of a row is NaN where any entry is, and infinite where no probability can be made of it.
         if not torch.isfinite(scores.amax(-1)).all():
-            raise ValueError(
+            raise NotFiniteError(
                 f"the model returned NaN or infinity after {input_ids.shape[1]:,} tokens: its weights are "
                 "broken or overflow in this dtype"
             )
@@ -46,8 +46,9 @@ def generate_samples(
     state outside, and none of those is touched.
 
     Raises:
-        ValueError: if a prompt with its new tokens is longer than the model's context, or the model returns
-            NaN, of which a greedy choice would make token 0 and a draw an error of the device's.
+        ValueError: if a prompt with its new tokens is longer than the model's context.
+        NotFiniteError: if the model returns NaN, of which a greedy choice would make token 0 and a draw an
+            error of the device's.
     """
     causal_model = bare_model(model)
     config = causal_model.config

@@ -27,7 +27,7 @@ from evaluation.continuations import (
     score_rows,
     supports_packing,
 )
-from evaluation.isolation import bare_model, is_sharded, undisturbed
+from evaluation.isolation import NotFiniteError, bare_model, is_sharded, undisturbed
 from evaluation.statistics import PairedComparison, Proportion, compare_paired, proportion
 
 STYLES = ("completion", "harness")
@@ -160,7 +160,8 @@ def score_questions(
     lm-evaluation-harness, and is marked.
 
     Raises:
-        ValueError: if an ending or context tokenises to nothing, or the model returns NaN.
+        ValueError: if an ending or context tokenises to nothing.
+        NotFiniteError: on every process, if the model returns NaN.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
     context = getattr(bare_model(model).config, "max_position_embeddings", None)
@@ -371,7 +372,7 @@ def _collect(
         if any(math.isnan(s) for four in by_style.values() for s in four)
     ]
     if broken:
-        raise ValueError(
+        raise NotFiniteError(
             f"the model returned NaN on {len(broken)} of {len(work)} questions of a batch (first: question "
             f"{min(broken)}); its weights are broken or overflow in this dtype"
         )

@@ -15,6 +15,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 
 
+class NotFiniteError(ValueError):
+    """A model returned NaN or infinity: its weights are broken, or overflow in their dtype."""
+
+
 @contextmanager
 def preserved_rng() -> Iterator[None]:
     """On leaving, put back the random states of Python, NumPy and PyTorch, accelerators included."""

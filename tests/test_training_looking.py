@@ -98,6 +98,25 @@ def test_questions_that_are_not_there_are_an_error_before_anything_is_written(sh
     assert "error: no file" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*not the official hellaswag")
+def test_numbers_that_overflow_cost_a_run_its_samples_and_scores_and_no_more(shards, tmp_path, capsys):
+    """Weights that are finite and products that are not, as fp16 has them: the run once ended here."""
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps(QUESTION) + "\n")
+    tokenizer = load_tokenizer(Path(shards, "tokenizer"))
+    shape = {"vocab_size": len(tokenizer), "n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(torch.finfo(torch.float32).max)
+    flags = {**TOY_SETTINGS, "run_dir": tmp_path / "run", "max_steps": 2, "hellaswag_questions": questions}
+    settings = parse_settings(TrainSettings, as_flags({**flags, "eval_every_steps": 1}))
+    state = train(settings, model, tokenizer, Rows(), Rows(), pad, language_modeling_loss)
+    assert state.step == 2 and list(complete_checkpoints(tmp_path / "run")) == [2]
+    said = capsys.readouterr().out
+    assert said.count("Left out this time: the model returned NaN") == 2
+    assert not any("hellaswag_acc_norm" in line for line in metrics_of(tmp_path / "run"))
+
+
 def test_validations_without_a_better_loss_end_the_run_also_across_a_resume(shards, tmp_path, capsys):
     """Without learning no validation is better than the first: three more, and the run ends, well ended."""
     stuck = {"learning_rate": 0, "eval_every_steps": 2, "early_stopping_evaluations": 3, "max_steps": 100}

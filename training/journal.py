@@ -239,9 +239,11 @@ class Journal:
         self.say(f"step {state.step:,}: {text}")
         self._write_page()
 
-    def hellaswag(self, state: TrainState, accuracy: float, questions: int) -> None:
-        """The part of `questions` answered rightly, lm-evaluation-harness's `acc_norm`."""
+    def hellaswag(self, state: TrainState, accuracy: float | None, questions: int) -> None:
+        """The part of `questions` answered rightly, lm-evaluation-harness's `acc_norm`; None if unknown."""
         self._mark("hellaswag")
+        if accuracy is None:
+            return
         line = {
             "step": state.step,
             "tokens": state.tokens,
@@ -256,13 +258,14 @@ class Journal:
         """A checkpoint was taken; it may still be on its way to the disk."""
         self._mark("checkpoints")
 
-    def samples(self, state: TrainState, prompts: tuple[str, ...], texts: list[str]) -> None:
-        """Show and keep what the model writes."""
+    def samples(self, state: TrainState, texts: list[str] | None) -> None:
+        """Show and keep what the model writes after each prompt of the settings; None is nothing."""
         self._mark("samples")
-        self._run.append_samples(
-            [{"step": state.step, "prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
-        )
-        for prompt, text in zip(prompts, texts, strict=True):
+        if texts is None:
+            return
+        written = list(zip(self._settings.sample_prompts, texts, strict=True))
+        self._run.append_samples([{"step": state.step, "prompt": p, "text": t} for p, t in written])
+        for prompt, text in written:
             self.say(f"  | {prompt}{text}".replace("\n", "\n  | "))
 
     def resume_clock(self) -> None:
