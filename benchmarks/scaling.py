@@ -87,7 +87,8 @@ def measure(kind: str, size: list[str], base: Path, arguments: Any) -> dict[str,
     flags += ["--block_size", str(block), "--micro_batch_size", str(rows), "--warmup_steps", "0"]
     flags += ["--batch_tokens", str(rows * block * KINDS[kind]), "--max_steps", str(arguments.steps)]
     flags += ["--log_every_steps", "1", "--eval_tokens", str(rows * block), "--sample_tokens", "1"]
-    flags += ["--save_every_steps", "100000", "--cpu_threads", "1"]
+    # With a checkpoint half-way, whose copy is in memory from then on, beside the steps after it.
+    flags += ["--save_every_steps", str(arguments.steps // 2), "--cpu_threads", "1"]
     flags += ["--activation_checkpointing", "true" if kind == CHECKPOINTED else "false"]
     command = command_of(kind, arguments.device == "cuda")
     peak = run([*command, *flags, "--run_dir", str(run_dir / "run")])
