@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from accelerate.utils.imports import is_tensorboard_available, is_trackio_available, is_wandb_available
 
 from training.settings import SettingsError
@@ -43,9 +44,10 @@ class Trackers:
                     accelerator.init_trackers("gpt-scratch", config=plain)
                     self._active += accelerator.trackers
                 except Exception as error:  # no login, no network, …
+                    named = name.name if isinstance(name, GeneralTracker) else name  # given ready, or by name
                     self._warn(
-                        f"log_with: {getattr(name, 'value', name)} could not start, and the run goes on "
-                        f"without; metrics.jsonl has all numbers. {type(error).__name__}: {error}"
+                        f"log_with: {named} could not start, and the run goes on without; metrics.jsonl has "
+                        f"all numbers. {type(error).__name__}: {error}"
                     )
             accelerator.log_with, accelerator.trackers = names, list(self._active)
 
